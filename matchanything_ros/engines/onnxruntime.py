@@ -1,0 +1,118 @@
+"""ONNX Runtime, on CUDA or on the CPU, with IO binding: device memory is allocated once for each shape seen."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from matchanything_ros.bundle import Bundle
+from matchanything_ros.errors import UserError
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+
+
+class OnnxRuntimeEngine:
+    """Runs a bundle with ONNX Runtime.
+
+    device: "auto" (CUDA where it works), "cuda" or "cpu". On CUDA a network of fixed shape is captured in a CUDA graph
+    when all of its nodes run there. TF32 stays off: precision is what the graph says, and nothing less.
+    """
+
+    def __init__(self, bundle: Bundle, device: str = "auto", cuda_graph: bool | None = None) -> None:
+        try:
+            import onnxruntime as ort
+        except ImportError as error:
+            raise UserError("ONNX Runtime is not installed: pip install onnxruntime (or onnxruntime-gpu).") from error
+        self._ort = ort
+        self.bundle = bundle
+        has_cuda = "CUDAExecutionProvider" in ort.get_available_providers()
+        if device == "cuda" and not has_cuda:
+            raise UserError(
+                "This ONNX Runtime has no CUDA provider: pip install onnxruntime-gpu, or use onnxruntime-cpu."
+            )
+        self._bound: dict[str, Any] = {}
+        self._binding: Any = None
+        self._session: Any = None
+        if device != "cpu" and has_cuda:
+            wants_graph = bundle.manifest.fixed if cuda_graph is None else cuda_graph
+            self._session = self._open_cuda(wants_graph, required=device == "cuda")
+        if self._session is None:
+            self._session = self._open(["CPUExecutionProvider"])
+        on_cuda = self._session.get_providers()[0] == "CUDAExecutionProvider"
+        self.backend = "onnxruntime-cuda" if on_cuda else "onnxruntime-cpu"
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        expected = {spec.name for spec in bundle.manifest.inputs}
+        found = {entry.name for entry in self._session.get_inputs()}
+        if expected != found or not set(bundle.manifest.outputs) <= set(self._outputs):
+            raise UserError(f"{bundle.onnx} has other inputs or outputs than its manifest: export the bundle again.")
+
+    def run(self, inputs: Mapping[str, npt.NDArray[np.float32]]) -> Arrays:
+        """See Engine.run."""
+        if self._session is None:
+            raise RuntimeError("the engine is closed")
+        if self.backend == "onnxruntime-cpu":
+            return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+        self._bind(inputs)
+        for name, array in inputs.items():
+            self._bound[name].update_inplace(np.ascontiguousarray(array, np.float32))
+        self._session.run_with_iobinding(self._binding)
+        return dict(zip(self._outputs, self._binding.copy_outputs_to_cpu(), strict=True))
+
+    def close(self) -> None:
+        """See Engine.close."""
+        self._binding, self._session = None, None
+        self._bound.clear()
+
+    def _bind(self, inputs: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        shapes = {name: tuple(array.shape) for name, array in inputs.items()}
+        if self._binding is not None and shapes == {name: tuple(v.shape()) for name, v in self._bound.items()}:
+            return
+        self._binding = self._session.io_binding()
+        for name, array in inputs.items():
+            self._bound[name] = self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", 0)
+            self._binding.bind_ortvalue_input(name, self._bound[name])
+        fixed = self.bundle.manifest.fixed
+        for output in self._session.get_outputs():
+            if fixed and all(isinstance(side, int) for side in output.shape):
+                value = self._ort.OrtValue.ortvalue_from_shape_and_type(output.shape, np.float32, "cuda", 0)
+                self._binding.bind_ortvalue_output(output.name, value)
+            else:
+                self._binding.bind_output(output.name, "cuda", 0)
+
+    def _open_cuda(self, wants_graph: bool, required: bool) -> Any:
+        common = {"device_id": "0", "cudnn_conv_algo_search": "EXHAUSTIVE", "use_tf32": "0", "prefer_nhwc": "1"}
+        reason: Exception | None = None
+        for graph in (True, False) if wants_graph else (False,):
+            options = {**common, "enable_cuda_graph": "1" if graph else "0"}
+            try:
+                # A graph is captured only where no node falls back to the CPU; otherwise creation fails and we go on.
+                providers: list[Any] = [("CUDAExecutionProvider", options)]
+                session = self._open(providers if graph else [*providers, "CPUExecutionProvider"])
+            except UserError as error:
+                reason = error
+                continue
+            if session.get_providers()[0] == "CUDAExecutionProvider":
+                return session
+        if required:
+            raise UserError(
+                "ONNX Runtime cannot use CUDA here"
+                + (f" ({reason})" if reason else "")
+                + ": check the driver, CUDA and cuDNN with 'matchanything doctor'."
+            )
+        return None
+
+    def _open(self, providers: list[Any]) -> Any:
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        if threads.isdigit():
+            options.intra_op_num_threads = int(threads)
+        try:
+            return self._ort.InferenceSession(str(self.bundle.onnx), options, providers=providers)
+        except Exception as error:  # ONNX Runtime raises many types, all of its own
+            first = str(error).strip().splitlines()[0][:300]
+            raise UserError(f"ONNX Runtime refuses {self.bundle.onnx}: {first}") from error

@@ -1,0 +1,275 @@
+"""Robust homography from matches, or the reason why there is none.
+
+MAGSAC++ finds it (Barath et al., CVPR 2020, OpenCV's USAC_MAGSAC), a Gauss-Newton refit over all matches makes it
+precise, and three tests refuse what is not one: geometry (folds, flips, collinear support), the share of inliers, and
+an a-contrario significance (Moisan and Stival, IJCV 2004).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from matchanything_ros.errors import UserError
+
+Points = npt.NDArray[np.float32]
+Matrix = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+MIN_MATCHES = 8  # four fix a homography; as many again must agree with it before it says anything
+CELLS = 32  # grid of the significance test: matches in one cell of both images are one observation
+
+
+class Status(IntEnum):
+    """Outcome of the estimate; the same numbers as the constants of msg/Homography.msg."""
+
+    OK = 0
+    NOT_COMPUTED = 1
+    TOO_FEW_MATCHES = 2
+    DEGENERATE = 3
+    LOW_INLIER_RATIO = 4
+    NOT_SIGNIFICANT = 5
+
+
+@dataclass(frozen=True)
+class HomographyEstimate:
+    """A homography from pixels of image 0 to pixels of image 1, or why there is none.
+
+    matrix: float64 [3, 3] with matrix[2, 2] = 1, pixel centres at integers; None unless status is OK.
+    inliers: bool [N], matches within the threshold of the candidate (also when it was refused).
+    reprojection_error_px: mean over the inliers, pixels of image 1; NaN without inliers.
+    significance: -log10 of the expected number of false alarms; higher is surer, 0 and below is chance.
+    """
+
+    status: Status
+    matrix: Matrix | None
+    inliers: Mask
+    num_matches: int
+    num_inliers: int
+    inlier_ratio: float
+    reprojection_error_px: float
+    significance: float
+
+
+def estimate_homography(
+    keypoints0: Points,
+    keypoints1: Points,
+    size0: tuple[int, int],
+    size1: tuple[int, int],
+    threshold_px: float = 3.0,
+    min_inlier_ratio: float = 0.0,
+    min_significance: float = 5.0,
+    max_iterations: int = 10_000,
+    refine: bool = True,
+) -> HomographyEstimate:
+    """Estimate the homography of matches [N, 2] (pixels of the original images, (x, y)); deterministic.
+
+    size0, size1: (width, height). threshold_px: largest reprojection error of an inlier, pixels of image 1.
+    Raises UserError if the threshold is not a positive number or the points are not finite pairs.
+    """
+    if not (math.isfinite(threshold_px) and threshold_px > 0):
+        raise UserError(f"The RANSAC threshold is {threshold_px}: give a positive number of pixels.")
+    points0 = np.asarray(keypoints0, np.float64).reshape(-1, 2)
+    points1 = np.asarray(keypoints1, np.float64).reshape(-1, 2)
+    if points0.shape != points1.shape or not (np.isfinite(points0).all() and np.isfinite(points1).all()):
+        raise UserError("Matches must be two arrays [N, 2] of the same length with finite pixels.")
+    count = len(points0)
+    if count < MIN_MATCHES:
+        return _refused(Status.TOO_FEW_MATCHES, count)
+    cv2.setRNGSeed(0)
+    try:
+        candidate, _ = cv2.findHomography(
+            points0, points1, cv2.USAC_MAGSAC, threshold_px, maxIters=max_iterations, confidence=0.9999
+        )
+    except cv2.error:  # raised for some degenerate inputs, such as many identical points
+        candidate = None
+    if candidate is None or candidate.shape != (3, 3) or not np.isfinite(candidate).all():
+        return _refused(Status.DEGENERATE, count)
+    matrix = refine_homography(candidate, points0, points1, threshold_px) if refine else candidate
+    error = transfer_error(matrix, points0, points1)
+    inliers = error <= threshold_px
+    significance = match_significance(points0, points1, inliers, size0, size1, threshold_px)
+    status = _judge(matrix, points0, points1, inliers, min_inlier_ratio, significance, min_significance)
+    num_inliers = int(inliers.sum())
+    return HomographyEstimate(
+        status=status,
+        matrix=matrix / matrix[2, 2] if status is Status.OK else None,
+        inliers=inliers,
+        num_matches=count,
+        num_inliers=num_inliers,
+        inlier_ratio=num_inliers / count,
+        reprojection_error_px=float(error[inliers].mean()) if num_inliers else math.nan,
+        significance=significance,
+    )
+
+
+def project(matrix: Matrix, points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Apply a homography to points [N, 2]; points on or behind its horizon become infinite."""
+    homogeneous = points @ matrix[:, :2].T + matrix[:, 2]
+    depth = homogeneous[:, 2:] * np.sign(matrix[2, 2] if matrix[2, 2] != 0 else 1.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(depth > 1e-9, homogeneous[:, :2] / homogeneous[:, 2:], np.inf)
+
+
+def transfer_error(
+    matrix: Matrix, points0: npt.NDArray[np.float64], points1: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Distance [N] in pixels of image 1 between projected and matched points."""
+    delta = project(matrix, points0) - points1
+    return np.asarray(np.hypot(delta[:, 0], delta[:, 1]))
+
+
+def refine_homography(
+    matrix: Matrix,
+    points0: npt.NDArray[np.float64],
+    points1: npt.NDArray[np.float64],
+    threshold_px: float,
+    iterations: int = 12,
+) -> Matrix:
+    """Gauss-Newton over all matches with Geman-McClure weights 1 / (1 + (r / c)^2)^2, c = 2/3 of the threshold.
+
+    A hypothesis from RANSAC stands on few points; this one stands on all of them, each by how well it agrees. Runs in
+    normalised coordinates (Hartley, PAMI 1997). Returns the given matrix if the robust cost does not fall.
+    """
+    t0, t1 = _normaliser(points0), _normaliser(points1)
+    normal0 = points0 * t0[0, 0] + t0[:2, 2]
+    normal1 = points1 * t1[0, 0] + t1[:2, 2]
+    scale = 2 / 3 * threshold_px * t1[0, 0]
+    h = t1 @ matrix @ np.linalg.inv(t0)
+    if abs(h[2, 2]) < 1e-12:
+        return matrix
+    h = h / h[2, 2]
+    x, y = normal0[:, 0], normal0[:, 1]
+    ones, zeros = np.ones_like(x), np.zeros_like(x)
+    best, best_cost = matrix, np.inf
+    for _ in range(iterations):
+        u, v, w = (h @ np.stack([x, y, ones])).reshape(3, -1)
+        visible = w > 1e-6
+        inverse = np.where(visible, 1 / np.where(visible, w, 1.0), 0.0)
+        px, py = u * inverse, v * inverse
+        rx, ry = normal1[:, 0] - px, normal1[:, 1] - py
+        ratio = np.where(visible, (rx * rx + ry * ry) / scale**2, np.inf)
+        cost = float(np.sum(1 - 1 / (1 + ratio)))
+        if cost < best_cost - 1e-9 * len(x):
+            best_cost = cost
+            best = np.linalg.inv(t1) @ h @ t0
+        else:
+            break
+        weight = 1 / (1 + ratio) ** 2
+        ax, ay, aw = x * inverse, y * inverse, inverse
+        jacobian_x = np.stack([ax, ay, aw, zeros, zeros, zeros, -px * ax, -px * ay])
+        jacobian_y = np.stack([zeros, zeros, zeros, ax, ay, aw, -py * ax, -py * ay])
+        normal = (jacobian_x * weight) @ jacobian_x.T + (jacobian_y * weight) @ jacobian_y.T
+        gradient = jacobian_x @ (weight * rx) + jacobian_y @ (weight * ry)
+        try:
+            step = np.linalg.solve(normal + 1e-12 * np.trace(normal) * np.eye(8), gradient)
+        except np.linalg.LinAlgError:
+            break
+        h = h + np.append(step, 0.0).reshape(3, 3)
+    return best
+
+
+def match_significance(
+    points0: npt.NDArray[np.float64],
+    points1: npt.NDArray[np.float64],
+    inliers: Mask,
+    size0: tuple[int, int],
+    size1: tuple[int, int],
+    threshold_px: float,
+) -> float:
+    """-log10 of the expected number of homographies that so many of these matches would fit by chance.
+
+    A-contrario: if the n points of image 1 lay anywhere in it, one would be within the threshold of its prediction with
+    p = pi t^2 / area, and NFA = (n - 4) C(n, k) C(k, 4) p^(k - 4). Neighbouring matches move together and are no
+    independent witnesses, so n and k count the pairs of cells (of a grid over both images) that matches and inliers
+    occupy, not the matches.
+    """
+    sizes = np.array([size0, size1], np.float64)
+    cells = np.concatenate([points0 / sizes[0], points1 / sizes[1]], axis=1)
+    ids = np.clip((cells * CELLS).astype(np.int64), 0, CELLS - 1)
+    n = _distinct(ids[:, :2], ids[:, 2:])
+    k = _distinct(ids[inliers, :2], ids[inliers, 2:])
+    if k <= 4:
+        return 0.0
+    p = min(math.pi * threshold_px**2 / (size1[0] * size1[1]) * _growth(n, len(points0)), 0.5)
+    log_nfa = math.log10(max(n - 4, 1)) + _log10_comb(n, k) + _log10_comb(k, 4) + (k - 4) * math.log10(p)
+    return -log_nfa
+
+
+def _growth(cells: int, matches: int) -> float:
+    """With several matches in a cell, the best of them counts: the chance of a cell grows with their number."""
+    return max(matches / max(cells, 1), 1.0)
+
+
+def _distinct(cells0: npt.NDArray[np.int64], cells1: npt.NDArray[np.int64]) -> int:
+    """Number of cells occupied, in the image where they are fewer: many-to-one matches do not add up."""
+    return min(len(np.unique(cells[:, 0] * CELLS + cells[:, 1])) for cells in (cells0, cells1))
+
+
+def _log10_comb(n: int, k: int) -> float:
+    return (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(10)
+
+
+def _judge(
+    matrix: Matrix,
+    points0: npt.NDArray[np.float64],
+    points1: npt.NDArray[np.float64],
+    inliers: Mask,
+    min_inlier_ratio: float,
+    significance: float,
+    min_significance: float,
+) -> Status:
+    if inliers.sum() < MIN_MATCHES:
+        return Status.NOT_SIGNIFICANT
+    if not plausible(matrix, points0[inliers], points1[inliers]):
+        return Status.DEGENERATE
+    if inliers.mean() < min_inlier_ratio:
+        return Status.LOW_INLIER_RATIO
+    return Status.OK if significance >= min_significance else Status.NOT_SIGNIFICANT
+
+
+def plausible(matrix: Matrix, support0: npt.NDArray[np.float64], support1: npt.NDArray[np.float64]) -> bool:
+    """Whether the matrix is a view of a plane, seen from its support (inliers [N, 2] in both images).
+
+    False for supports that are a line or a point in either image, for mirror images, for near-singular matrices, and
+    where the local scale on the support differs by more than a factor of 50 between directions or places.
+    """
+    for support in (support0, support1):
+        spread = np.linalg.svd(support - support.mean(0), compute_uv=False) / math.sqrt(len(support))
+        if spread[1] < 1.0 or spread[1] < 0.01 * spread[0]:  # under a pixel wide, or 100 times longer than wide
+            return False
+    homogeneous = support0 @ matrix[2, :2] + matrix[2, 2]
+    if not (np.all(homogeneous > 0) or np.all(homogeneous < 0)):
+        return False  # the horizon passes through the support
+    stretch = np.array([np.linalg.svd(_jacobian(matrix, point), compute_uv=False) for point in _corners(support0)])
+    turned = [np.linalg.det(_jacobian(matrix, point)) for point in _corners(support0)]
+    return bool(min(turned) > 0 and stretch.min() > 1e-3 and stretch.max() / stretch.min() < 50)
+
+
+def _corners(support: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The extreme points of the support along four directions, and its centre."""
+    directions = np.array([[1, 0], [0, 1], [1, 1], [1, -1]], np.float64)
+    along = support @ directions.T
+    picked = np.concatenate([along.argmin(0), along.argmax(0)])
+    return np.concatenate([support[picked], support.mean(0, keepdims=True)])
+
+
+def _jacobian(matrix: Matrix, point: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    u, v, w = matrix @ np.append(point, 1.0)
+    return (matrix[:2, :2] * w - np.outer([u, v], matrix[2, :2])) / (w * w)
+
+
+def _normaliser(points: npt.NDArray[np.float64]) -> Matrix:
+    """Similarity that moves points to mean 0 and mean distance sqrt(2)."""
+    mean = points.mean(0)
+    scale = math.sqrt(2) / max(float(np.hypot(*(points - mean).T).mean()), 1e-9)
+    return np.array([[scale, 0, -scale * mean[0]], [0, scale, -scale * mean[1]], [0, 0, 1]])
+
+
+def _refused(status: Status, count: int) -> HomographyEstimate:
+    return HomographyEstimate(status, None, np.zeros(count, bool), count, 0, 0.0, math.nan, 0.0)

@@ -1,0 +1,120 @@
+"""A bundle and an engine: two images -> matches in pixels of these images."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from matchanything_ros.bundle import Bundle, load_bundle
+from matchanything_ros.engines import Engine, open_engine
+from matchanything_ros.errors import UserError
+from matchanything_ros.preprocess import Image, ToOriginal, check_image, prepare
+
+Float = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Correspondences between two images, best first.
+
+    keypoints0, keypoints1: float32 [N, 2], (x, y) in pixels of the original images, pixel centres at integers.
+    scores: float32 [N] in (0, 1].
+    size0, size1: (width, height) of the original images in pixels.
+    timings_ms: wall time of the stages "preprocess", "network" (copies to and from the device included), "postprocess".
+    warp, cert: for dense networks on request: float32 [4, H, W] (x0, y0, x1, y1 in [-1, 1], the edges of the image) and
+        [H, W] in [0, 1].
+    """
+
+    keypoints0: Float
+    keypoints1: Float
+    scores: Float
+    size0: tuple[int, int]
+    size1: tuple[int, int]
+    timings_ms: dict[str, float] = field(default_factory=dict)
+    warp: Float | None = None
+    cert: Float | None = None
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+class Matcher:
+    """Matches pairs of images with one bundle.
+
+        with Matcher() as matcher:
+            matches = matcher.match(image0, image1)
+
+    bundle: a path, the name of a bundle in the package, a loaded Bundle, or None for the default one.
+    backend: see engines.open_engine. score_threshold and max_matches default to the manifest's; they may be
+    assigned at any time. Raises UserError when the bundle or the backend cannot be used.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle | str | Path | None = None,
+        backend: str = "auto",
+        score_threshold: float | None = None,
+        max_matches: int | None = None,
+    ) -> None:
+        self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+        manifest = self.bundle.manifest
+        self.score_threshold = manifest.score_threshold if score_threshold is None else score_threshold
+        self.max_matches = manifest.max_matches if max_matches is None else max_matches
+        self.engine: Engine = open_engine(self.bundle, backend)
+
+    def match(self, image0: Image, image1: Image, dense: bool = False) -> Matches:
+        """Match two images: uint8, or float32 in [0, 1]; gray [H, W] or RGB [H, W, 3]; of any, also different, sizes.
+
+        Raises UserError for images that cannot be matched (empty, not finite, of another type), and for dense=True
+        with a network that has no dense output. No match at all is an answer: Matches of length 0.
+        """
+        manifest = self.bundle.manifest
+        if dense and not manifest.dense:
+            raise UserError(f"The bundle {manifest.name} has no dense output: use a RoMa bundle exported with --dense.")
+        check_image(image0, "image 0")
+        check_image(image1, "image 1")
+        start = time.perf_counter()
+        inputs: dict[str, Float] = {}
+        back: dict[str, ToOriginal] = {}
+        for spec in manifest.inputs:
+            inputs[spec.name], back[spec.name] = prepare((image0, image1)[spec.image], manifest.preprocess, spec)
+        prepared = time.perf_counter()
+        outputs = self.engine.run(inputs)
+        ran = time.perf_counter()
+        scores = outputs["scores"]
+        # Best first, so that the rows to keep are a prefix; 0 marks padding whatever the threshold.
+        keep = np.flatnonzero((scores > 0) & (scores >= self.score_threshold))[: self.max_matches]
+        keypoints0 = back["image0"](outputs["keypoints0"][keep])
+        keypoints1 = back["image1"](outputs["keypoints1"][keep])
+        done = time.perf_counter()
+        return Matches(
+            keypoints0=keypoints0,
+            keypoints1=keypoints1,
+            scores=np.array(scores[keep], np.float32),
+            size0=(image0.shape[1], image0.shape[0]),
+            size1=(image1.shape[1], image1.shape[0]),
+            timings_ms={
+                "preprocess": 1e3 * (prepared - start),
+                "network": 1e3 * (ran - prepared),
+                "postprocess": 1e3 * (done - ran),
+            },
+            warp=np.array(outputs["warp"][0]) if dense else None,
+            cert=np.array(outputs["cert"][0, 0]) if dense else None,
+        )
+
+    def close(self) -> None:
+        """Release the engine."""
+        self.engine.close()
+
+    def __enter__(self) -> Matcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

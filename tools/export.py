@@ -1,0 +1,247 @@
+"""A network with its weights -> a bundle: ONNX, manifest and golden result, all or nothing."""
+
+from __future__ import annotations
+
+import argparse
+
+import importlib
+import os
+import platform
+import shutil
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import onnx
+import torch
+
+import matchanything_ros
+from matchanything_ros.bundle import Bundle, InputSpec, Manifest, Preprocess, WeightsInfo, load_bundle, sha256_of
+from matchanything_ros.errors import UserError
+from matchanything_ros.preprocess import prepare
+from matchanything_tools.networks import FAMILIES
+
+OPSET = 20  # the newest that every TensorRT 10 parses
+EXTERNAL_DATA_OVER = 64 << 20  # bytes of weights above which they go to NAME.onnx.data (protobuf ends at 2 GB)
+
+
+@dataclass
+class Exportable:
+    """A network ready for export.
+
+    module: in eval mode, takes the inputs in order (float32 [1, C, H, W] in [0, 1]) and returns the outputs in order,
+        float32; everything that is to run in fp16 is cast inside. `reference` is the same network in fp32, if other.
+    dynamic_shapes: as torch.export takes them, by input name; None where the shapes are fixed.
+    """
+
+    family: str
+    variant: str
+    module: torch.nn.Module
+    inputs: tuple[InputSpec, ...]
+    preprocess: Preprocess
+    max_matches: int
+    score_threshold: float
+    weights: tuple[WeightsInfo, ...]
+    precision: str = "fp32"
+    outputs: tuple[str, ...] = ("keypoints0", "keypoints1", "scores")
+    stages: tuple[str, ...] = ()
+    dynamic_shapes: dict[str, Any] | None = None
+
+
+class NetworkModule(Protocol):
+    """What a row of FAMILIES points to."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def exportable(self, args: argparse.Namespace) -> Exportable: ...
+
+
+def network(family: str) -> NetworkModule:
+    """Import the module of a family."""
+    return cast(NetworkModule, importlib.import_module(FAMILIES[family].module))
+
+
+def export(item: Exportable, out: Path, command: Sequence[str] = ()) -> Bundle:
+    """Write the bundle OUT (NAME.onnx) with its manifest and golden result; returns it, loaded and verified.
+
+    Everything is written into a temporary folder beside OUT and moved at the end, manifest last: whoever finds a
+    manifest finds a whole bundle.
+    """
+    if out.suffix != ".onnx":
+        raise UserError(f"--out is {out}: give a file name that ends in .onnx.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    item.module.eval()
+    with tempfile.TemporaryDirectory(prefix=f".{out.stem}-", dir=out.parent) as folder:
+        path = Path(folder) / out.name
+        _write_onnx(item, path)
+        golden = path.with_suffix(".golden.npz")
+        np.savez_compressed(golden, **golden_result(item))  # type: ignore[arg-type]
+        data = path.with_name(path.name + ".data")
+        manifest = Manifest(
+            name=f"{item.family}-{item.variant}",
+            family=item.family,
+            variant=item.variant,
+            precision=item.precision,
+            weights=item.weights,
+            inputs=item.inputs,
+            preprocess=item.preprocess,
+            outputs=item.outputs,
+            max_matches=item.max_matches,
+            score_threshold=item.score_threshold,
+            stages=item.stages,
+            onnx_sha256=sha256_of(path),
+            data_sha256=sha256_of(data) if data.exists() else None,
+            golden_sha256=sha256_of(golden),
+            exporter={
+                "matchanything_ros": matchanything_ros.__version__,
+                "torch": torch.__version__,
+                "onnx": onnx.__version__,
+                "python": platform.python_version(),
+                "opset": OPSET,
+                "command": " ".join(command),
+            },
+        )
+        path.with_suffix(".json").write_text(manifest.to_json(), encoding="utf-8")
+        for suffix in (".onnx.data", ".onnx", ".golden.npz", ".json"):
+            file = path.with_suffix(suffix)
+            if file.exists():
+                os.replace(file, out.with_suffix(suffix))
+            else:
+                out.with_suffix(suffix).unlink(missing_ok=True)
+    return load_bundle(out)
+
+
+def golden_pair(height: int = 240, width: int = 320) -> tuple[np.ndarray, np.ndarray]:
+    """Two uint8 RGB images [H, W, 3] related by a known homography: texture at many scales, the same on every machine."""
+    rng = np.random.Generator(np.random.PCG64(7))
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    matrix = np.array([[1.03, 0.06, -9.0], [-0.05, 0.98, 7.0], [8e-5, -6e-5, 1.0]])
+    depth = matrix[2, 0] * x + matrix[2, 1] * y + matrix[2, 2]
+    warped_x = (matrix[0, 0] * x + matrix[0, 1] * y + matrix[0, 2]) / depth
+    warped_y = (matrix[1, 0] * x + matrix[1, 1] * y + matrix[1, 2]) / depth
+    images = [np.zeros((height, width, 3)), np.zeros((height, width, 3))]
+    for _ in range(400):  # discs with soft edges, large ones first
+        cx, cy = rng.uniform(-20, width + 20), rng.uniform(-20, height + 20)
+        radius, colour = 40 * rng.uniform(0.05, 1) ** 2 + 2, rng.uniform(0, 255, 3)
+        for image, px, py in ((images[1], x, y), (images[0], warped_x, warped_y)):
+            alpha = np.clip(radius - np.hypot(px - cx, py - cy) + 0.5, 0, 1)[..., None]
+            image += alpha * (colour - image)
+    return images[0].round().astype(np.uint8), images[1].round().astype(np.uint8)
+
+
+def golden_result(item: Exportable) -> dict[str, np.ndarray]:
+    """The golden image pair and what the PyTorch network makes of it: every output by its name, warp and cert as fp16."""
+    image0, image1 = golden_pair()
+    inputs = [prepare((image0, image1)[spec.image], item.preprocess, spec)[0] for spec in item.inputs]
+    with torch.inference_mode():
+        outputs = item.module(*(torch.from_numpy(array) for array in inputs))
+    arrays = {name: value.float().numpy() for name, value in zip(item.outputs, outputs, strict=True)}
+    for name in ("warp", "cert"):
+        if name in arrays:
+            arrays[name] = arrays[name][..., ::4, ::4].astype(np.float16)
+    return {"image0": image0, "image1": image1, **arrays}
+
+
+def _write_onnx(item: Exportable, path: Path) -> None:
+    channels = 3 if item.preprocess.channels == "rgb" else 1
+    example = tuple(torch.rand(1, channels, *spec.opt) for spec in item.inputs)
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            item.module,
+            example,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in item.inputs],
+            output_names=list(item.outputs),
+            dynamic_shapes=item.dynamic_shapes,
+            optimize=True,
+            verbose=False,
+        )
+    assert program is not None
+    size = sum(tensor.nbytes for tensor in item.module.state_dict().values())
+    program.save(str(path), external_data=size > EXTERNAL_DATA_OVER)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `matchanything export`: a subcommand per family, the common ones in each."""
+    families = parser.add_subparsers(dest="family", required=True, metavar="NETWORK")
+    for name, family in FAMILIES.items():
+        sub = families.add_parser(name, help=family.help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.add_argument("--weights", type=Path, required=True, help="the published checkpoint")
+        sub.add_argument("--licence", default="not stated", help="licence of the weights, as their source states it")
+        sub.add_argument("--size", type=parse_size, help="fixed input size HxW")
+        for bound in ("min", "opt", "max"):
+            sub.add_argument(f"--{bound}", type=parse_size, help=f"{bound} input size HxW of a dynamic shape")
+        sub.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="of the graph")
+        sub.add_argument("--max-matches", type=int, help="rows of the outputs")
+        sub.add_argument("--score-threshold", type=float, help="default threshold of the bundle")
+        sub.add_argument("--out", type=Path, required=True, help="NAME.onnx to write")
+        network(name).add_arguments(sub)
+
+
+def run(args: argparse.Namespace) -> int:
+    """`matchanything export`."""
+    given = [args.min, args.opt, args.max]
+    if any(given) and not all(given):
+        raise UserError("A dynamic shape needs all of --min, --opt and --max.")
+    if args.size and any(given):
+        raise UserError("Give --size for a fixed shape, or --min, --opt and --max for a dynamic one, not both.")
+    free = shutil.disk_usage(args.out.parent if args.out.parent.exists() else Path.cwd()).free
+    if free < 3 * sum(file.stat().st_size for file in [args.weights] if file.exists()):
+        raise UserError(f"There is too little free space in {args.out.parent} for the bundle: choose another --out.")
+    item = network(args.family).exportable(args)
+    command = ["matchanything", "export", args.family, *_spelled(args)]
+    print(f"exporting {item.family}-{item.variant} ({item.precision}) ...", flush=True)
+    bundle = export(item, args.out, command)
+    sizes = ", ".join(f"{spec.name} {_range(spec)}" for spec in item.inputs)
+    print(f"wrote {bundle.onnx} ({bundle.onnx.stat().st_size / 1e6:.1f} MB; {sizes}; up to {item.max_matches} matches)")
+    return 0
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "480x640" -> (480, 640), height first."""
+    try:
+        height, width = (int(side) for side in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not HEIGHTxWIDTH, such as 480x640") from None
+    if min(height, width) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' has a side below 1")
+    return height, width
+
+
+def weights_info(path: Path, licence: str, source: str = "") -> WeightsInfo:
+    """The manifest's entry for a checkpoint file."""
+    return WeightsInfo(path.name, sha256_of(path), licence, source)
+
+
+def fixed_input(name: str, image: int, size: tuple[int, int]) -> InputSpec:
+    """An input of one fixed (height, width)."""
+    return InputSpec(name, image, size, size, size)
+
+
+def _spelled(args: argparse.Namespace) -> list[str]:
+    skip = {"command", "family", "debug", "out"}
+    words: list[str] = []
+    for key, value in vars(args).items():
+        if key in skip or value is None or value is False:
+            continue
+        text = (
+            "x".join(map(str, value))
+            if isinstance(value, tuple)
+            else Path(value).name
+            if isinstance(value, Path)
+            else value
+        )
+        words += [f"--{key.replace('_', '-')}"] + ([] if value is True else [str(text)])
+    return words
+
+
+def _range(spec: InputSpec) -> str:
+    return "x".join(map(str, spec.opt)) + (
+        "" if spec.fixed else f" ({'x'.join(map(str, spec.min))} to {'x'.join(map(str, spec.max))})"
+    )

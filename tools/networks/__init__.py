@@ -1,0 +1,18 @@
+"""The networks that can be exported. A new one is a row here, a file or folder beside this one, and a test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """module: has add_arguments(parser) for flags of its own, and exportable(args) -> Exportable (see tools/export.py)."""
+
+    module: str
+    help: str
+
+
+FAMILIES = {
+    "aliked": Family("matchanything_tools.networks.aliked", "ALIKED: t16, n16, n16rot, n32"),
+}
