@@ -90,7 +90,9 @@ def estimate_homography(
         candidate = None
     if candidate is None or candidate.shape != (3, 3) or not np.isfinite(candidate).all():
         return _refused(Status.DEGENERATE, count)
-    matrix = refine_homography(candidate, points0, points1, threshold_px) if refine else candidate
+    matrix = np.asarray(candidate, np.float64)
+    if refine:
+        matrix = refine_homography(matrix, points0, points1, threshold_px)
     error = transfer_error(matrix, points0, points1)
     inliers = error <= threshold_px
     significance = match_significance(points0, points1, inliers, size0, size1, threshold_px)

@@ -25,7 +25,7 @@ class ToOriginal:
     scale_y: float
 
     def __call__(self, keypoints: Float) -> Float:
-        """Map keypoints [N, 2] (x, y). Half a pixel is added and taken off because resizing keeps edges, not centres."""
+        """Map keypoints [N, 2] (x, y). Resizing keeps edges, not centres: hence the half pixels."""
         scale = np.array([self.scale_x, self.scale_y], np.float32)
         return (keypoints + np.float32(0.5)) * scale - np.float32(0.5)
 
@@ -81,9 +81,9 @@ def prepare(image: Image, preprocess: Preprocess, spec: InputSpec) -> tuple[Floa
         if image.dtype == np.uint8:
             pixels /= np.float32(255)
     if preprocess.channels == "rgb" and pixels.ndim == 2:
-        pixels = cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
+        pixels = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB), np.float32)
     if preprocess.channels == "gray" and pixels.ndim == 3 and preprocess.gray == "luma":
-        pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+        pixels = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), np.float32)
     limit = preprocess.long_side_limit
     if limit is not None and max(height, width) > limit:
         factor = limit / max(height, width)

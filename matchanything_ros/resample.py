@@ -16,7 +16,7 @@ Array = npt.NDArray[np.float32]
 
 
 def resize(image: Array, height: int, width: int, interpolation: str) -> Array:
-    """Resize a float32 image [H, W] or [H, W, C] to (height, width), pixel centres at half pixels (no corner alignment).
+    """Resize a float32 image [H, W] or [H, W, C] to (height, width), keeping its edges (not its corner pixels).
 
     interpolation: "area" (OpenCV's INTER_AREA when neither side grows, else linear: what the MatchAnything demo does),
     "linear", "bicubic" (a = -0.75), "bicubic_antialias" (PyTorch with antialias=True; a = -0.5, the kernel widened when
@@ -55,7 +55,7 @@ def resize_matrix(source: int, target: int, kernel: str) -> Array:
         centre = (row + 0.5) * scale
         first = max(int(centre - support + 0.5), 0)
         last = min(int(centre + support + 0.5), source)
-        x = (np.arange(first, last) - centre + 0.5) / stretch
+        x = np.asarray((np.arange(first, last) - centre + 0.5) / stretch, np.float64)
         weights = _lanczos(x) if kernel == "lanczos" else _cubic(x, -0.5)
         matrix[row, first:last] = weights / weights.sum()
     matrix.setflags(write=False)

@@ -1,1 +1,1 @@
-"""The offline side: checkpoints -> networks -> bundles -> engines, and what measures them. Imports torch; a robot does not."""
+"""The offline side: checkpoints -> networks -> bundles -> engines, and what measures them. Imports torch."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-
 import importlib
 import os
 import platform
@@ -18,12 +17,12 @@ from typing import Any, Protocol, cast
 import numpy as np
 import onnx
 import torch
+from matchanything_tools.networks import FAMILIES
 
 import matchanything_ros
 from matchanything_ros.bundle import Bundle, InputSpec, Manifest, Preprocess, WeightsInfo, load_bundle, sha256_of
 from matchanything_ros.errors import UserError
 from matchanything_ros.preprocess import prepare
-from matchanything_tools.networks import FAMILIES
 
 OPSET = 20  # the newest that every TensorRT 10 parses
 EXTERNAL_DATA_OVER = 64 << 20  # bytes of weights above which they go to NAME.onnx.data (protobuf ends at 2 GB)
@@ -116,7 +115,7 @@ def export(item: Exportable, out: Path, command: Sequence[str] = ()) -> Bundle:
 
 
 def golden_pair(height: int = 240, width: int = 320) -> tuple[np.ndarray, np.ndarray]:
-    """Two uint8 RGB images [H, W, 3] related by a known homography: texture at many scales, the same on every machine."""
+    """Two uint8 RGB images [H, W, 3] related by a known homography: soft discs of many sizes."""
     rng = np.random.Generator(np.random.PCG64(7))
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     matrix = np.array([[1.03, 0.06, -9.0], [-0.05, 0.98, 7.0], [8e-5, -6e-5, 1.0]])
@@ -134,7 +133,7 @@ def golden_pair(height: int = 240, width: int = 320) -> tuple[np.ndarray, np.nda
 
 
 def golden_result(item: Exportable) -> dict[str, np.ndarray]:
-    """The golden image pair and what the PyTorch network makes of it: every output by its name, warp and cert as fp16."""
+    """The golden image pair and what the PyTorch network makes of it: outputs by name."""
     image0, image1 = golden_pair()
     inputs = [prepare((image0, image1)[spec.image], item.preprocess, spec)[0] for spec in item.inputs]
     with torch.inference_mode():
@@ -204,7 +203,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """ "480x640" -> (480, 640), height first."""
+    """Read HEIGHTxWIDTH, such as 480x640, as (height, width)."""
     try:
         height, width = (int(side) for side in text.lower().split("x"))
     except ValueError:

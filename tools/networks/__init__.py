@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Family:
-    """module: has add_arguments(parser) for flags of its own, and exportable(args) -> Exportable (see tools/export.py)."""
+    """module: has add_arguments(parser) for its own flags and exportable(args) -> Exportable (tools/export.py)."""
 
     module: str
     help: str
