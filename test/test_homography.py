@@ -41,7 +41,7 @@ def test_exact_matches_give_the_matrix() -> None:
 
 
 def test_refinement_uses_all_matches() -> None:
-    """With n matches of noise s the least-squares corners are a few s / sqrt(n) off; a minimal sample's are several s."""
+    """n matches of noise s: least-squares corners are a few s / sqrt(n) off, those of a minimal sample several s."""
     p0, p1 = scene(800, 400, 1.0)
     result = estimate_homography(p0, p1, SIZE, SIZE)
     assert result.matrix is not None and corner_error(result.matrix) < 6 * 1.0 / np.sqrt(800) * 2

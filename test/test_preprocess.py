@@ -83,7 +83,9 @@ def test_antialiased_resizing_keeps_constants_and_averages() -> None:
 
 def test_area_switches_to_linear_when_a_side_grows() -> None:
     image = np.random.default_rng(1).random((100, 400), np.float32)
-    assert np.array_equal(resize(image, 200, 200, "area"), cv2.resize(image, (200, 200), interpolation=cv2.INTER_LINEAR))
+    assert np.array_equal(
+        resize(image, 200, 200, "area"), cv2.resize(image, (200, 200), interpolation=cv2.INTER_LINEAR)
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ from typing import Any, Protocol, cast
 import numpy as np
 import onnx
 import torch
-from matchanything_tools.networks import FAMILIES
 
 import matchanything_ros
 from matchanything_ros.bundle import Bundle, InputSpec, Manifest, Preprocess, WeightsInfo, load_bundle, sha256_of
 from matchanything_ros.errors import UserError
 from matchanything_ros.preprocess import prepare
+from matchanything_tools.networks import FAMILIES
 
 OPSET = 20  # the newest that every TensorRT 10 parses
 EXTERNAL_DATA_OVER = 64 << 20  # bytes of weights above which they go to NAME.onnx.data (protobuf ends at 2 GB)
