@@ -1,0 +1,140 @@
+"""A checkpoint file, in whatever layout it was published -> a state dict that fits its network to the last key.
+
+Understood: raw state dicts, Lightning checkpoints and other wrappers ({"state_dict": ...}, {"model": ...}), common key
+prefixes ("matcher.", "module.", "matcher.model.", ...), and .safetensors. Pickles are read with weights_only=True: a
+file that contains code is refused, not run.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from matchanything_ros.bundle import sha256_of
+from matchanything_ros.errors import UserError
+from matchanything_tools.fingerprints import guess_family
+
+State = dict[str, torch.Tensor]
+
+WRAPPERS = ("state_dict", "model", "model_state_dict", "network", "net", "weights")
+PREFIXES = ("_orig_mod.", "module.", "matcher.", "model.", "network.", "net.")
+SHOWN = 4  # keys of each kind in a message
+
+
+def read_checkpoint(path: Path) -> State:
+    """Read the tensors of a checkpoint on the CPU, unwrapped, without the prefix that all of its keys share.
+
+    Raises UserError when the file is missing, a Git LFS pointer, truncated, no checkpoint, or contains code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"The checkpoint {path} does not exist: check the path.")
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull' where it came from.")
+    if len(head) < 16:
+        raise UserError(f"{path} is empty or truncated ({path.stat().st_size} bytes): download it again.")
+    if head[:64].lstrip()[:1] == b"<":
+        raise UserError(f"{path} is a web page, not a checkpoint: download the file itself.")
+    content = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+    return strip_prefixes(_unwrap(content, path))
+
+
+def strip_prefixes(state: Mapping[str, torch.Tensor]) -> State:
+    """Take off the prefixes of PREFIXES that every key has, one after the other."""
+    state = dict(state)
+    while prefix := next((p for p in PREFIXES if state and all(key.startswith(p) for key in state)), None):
+        state = {key[len(prefix) :]: value for key, value in state.items()}
+    return state
+
+
+def load_strict(module: torch.nn.Module, state: Mapping[str, torch.Tensor], *, what: str, path: Path) -> None:
+    """Load a state dict of which every key must be used, none missing, shapes equal and values finite.
+
+    what: the model as the user knows it, such as "MatchAnything-ELoFTR". Raises one UserError otherwise, which lists
+    (shortened) what does not fit and says which published model the file looks like.
+    """
+    own = module.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    shapes = [
+        f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if missing or unexpected or shapes:
+        counts = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        found = "; ".join(f"{len(keys)} {kind}: {_shortened(keys)}" for kind, keys in counts if keys)
+        guess = guess_family(state)
+        advice = (
+            f"it looks like {guess}: give the checkpoint of {what}"
+            if guess and guess != what
+            else "give the file as it was published"
+        )
+        raise UserError(f"{path} is not the checkpoint of {what} ({len(own)} keys): {found}. Instead, {advice}.")
+    bad = [key for key, value in state.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
+    if bad:
+        raise UserError(f"{path} has values that are not finite in {_shortened(bad)}: download it again.")
+    module.load_state_dict(dict(state), strict=True)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of the file: the hash that manifests carry."""
+    return sha256_of(Path(path))
+
+
+def _shortened(keys: list[str]) -> str:
+    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+    return ", ".join(keys[:SHOWN]) + more
+
+
+def _safetensors(path: Path) -> object:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(str(path))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is no whole .safetensors file ({_first_line(error)}): download it again.") from error
+
+
+def _pickled(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if zipfile.is_zipfile(path) or "Unsupported global" in str(error) or "GLOBAL" in str(error):
+            raise UserError(
+                f"{path} contains code or objects besides tensors and is not opened ({_culprit(error)}): get a file "
+                "with the state dict only, or .safetensors."
+            ) from error
+        raise UserError(f"{path} is not a PyTorch checkpoint, or it is truncated: download it again.") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError, struct.error) as error:
+        raise UserError(f"{path} is truncated or not a PyTorch checkpoint: download it again.") from error
+
+
+def _unwrap(content: object, path: Path) -> State:
+    if isinstance(content, Mapping):
+        if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+            return {str(key): value for key, value in content.items()}
+        for name in WRAPPERS:
+            inner = content.get(name)
+            if isinstance(inner, Mapping):
+                return _unwrap(inner, path)
+    kind = f"a dictionary of {_shortened([str(k) for k in content])}" if isinstance(content, Mapping) else "no mapping"
+    raise UserError(f"{path} holds no state dict ({kind or 'nothing'}): give the file with the network's weights.")
+
+
+def _culprit(error: Exception) -> str:
+    """The name that the safe unpickler refused, out of PyTorch's long message."""
+    words = str(error).replace("\n", " ").split("GLOBAL ")
+    return words[1].split()[0].rstrip(".") if len(words) > 1 else "a pickled object"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
