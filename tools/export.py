@@ -23,6 +23,7 @@ from matchanything_ros.bundle import Bundle, InputSpec, Manifest, Preprocess, We
 from matchanything_ros.errors import UserError
 from matchanything_ros.preprocess import prepare
 from matchanything_tools.networks import FAMILIES
+from matchanything_tools.networks.attention import add_function_bodies
 
 OPSET = 20  # the newest that every TensorRT 10 parses
 EXTERNAL_DATA_OVER = 64 << 20  # bytes of weights above which they go to NAME.onnx.data (protobuf ends at 2 GB)
@@ -162,6 +163,7 @@ def _write_onnx(item: Exportable, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
+    add_function_bodies(program.model)
     size = sum(tensor.nbytes for tensor in item.module.state_dict().values())
     program.save(str(path), external_data=size > EXTERNAL_DATA_OVER)
 

@@ -1,0 +1,125 @@
+"""DINOv2 ViT-L/14, the coarse features of RoMa and of DeDoDe G.
+
+Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", 2023. Key layout of the published
+`dinov2_vitl14_pretrain.pth` (343 keys, no register tokens).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from matchanything_tools.networks.attention import attention
+
+PATCH = 14
+WIDTH, DEPTH, HEADS = 1024, 24, 16
+TABLE = 37  # side of the trained position table: 518 pixels
+
+
+class DinoV2(nn.Module):
+    """Image [B, 3, H, W], sides multiples of 14 -> patch features [B, H/14 * W/14, 1024], row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.empty(1, 1, WIDTH))
+        self.pos_embed = nn.Parameter(torch.empty(1, TABLE * TABLE + 1, WIDTH))
+        self.mask_token = nn.Parameter(torch.empty(1, WIDTH))  # published, used in training only
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, WIDTH, PATCH, PATCH)})
+        self.blocks = nn.ModuleList(_Block() for _ in range(DEPTH))
+        self.norm = nn.LayerNorm(WIDTH, eps=1e-6)
+
+    @torch.no_grad()
+    def bake(self, height: int, width: int) -> DinoV2:
+        """Make it ready for export at one input size; it is then no longer loadable.
+
+        The position table becomes a constant of that size (the graph needs no cubic resize) and the scales of the
+        residual branches become part of their last linear layers.
+        """
+        table = position_table(self.pos_embed.float(), height // PATCH, width // PATCH)
+        table[:, :1] += self.cls_token
+        del self.pos_embed, self.cls_token, self.mask_token
+        self.table = nn.Parameter(table.to(self.norm.weight.dtype), requires_grad=False)
+        for block in self.blocks:
+            block.fold_scales()
+        return self
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        patches = self.patch_embed["proj"](image).flatten(2).transpose(1, 2)
+        if hasattr(self, "table"):
+            table = self.table
+        else:
+            table = position_table(self.pos_embed, image.shape[2] // PATCH, image.shape[3] // PATCH)
+            table = torch.cat((table[:, :1] + self.cls_token, table[:, 1:]), 1)
+        first = table[:, :1].expand(image.shape[0], -1, -1)
+        x = torch.cat((first, patches + table[:, 1:]), 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)[:, 1:]
+
+
+def position_table(pos_embed: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Position embedding [1, 1 + 37*37, C] -> [1, 1 + rows*columns, C].
+
+    As trained: bicubic without antialiasing, by the scale (rows + 0.1)/37 rather than to a size. The sampling step is
+    therefore 37/(rows + 0.1), and that tenth is not negligible (it shifts the last row by about a tenth of a patch).
+    """
+    if (rows, columns) == (TABLE, TABLE):
+        return pos_embed.clone()
+    grid = pos_embed[:, 1:].reshape(1, TABLE, TABLE, -1).permute(0, 3, 1, 2)
+    scale = ((rows + 0.1) / TABLE, (columns + 0.1) / TABLE)
+    grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", align_corners=False)
+    return torch.cat((pos_embed[:, :1], grid.flatten(2).transpose(1, 2)), 1)
+
+
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.proj = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.qkv(x).split(WIDTH, dim=2)
+        return self.proj(attention(query, key, value, HEADS))
+
+
+class _LayerScale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gamma
+
+
+class _Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(WIDTH, 4 * WIDTH)
+        self.fc2 = nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(WIDTH, eps=1e-6)
+        self.attn = _Attention()
+        self.ls1 = _LayerScale()
+        self.norm2 = nn.LayerNorm(WIDTH, eps=1e-6)
+        self.mlp = _Mlp()
+        self.ls2 = _LayerScale()
+
+    @torch.no_grad()
+    def fold_scales(self) -> None:
+        """gamma * (W x + b) = (gamma W) x + gamma b: one operation less in each branch."""
+        for linear, scale in ((self.attn.proj, self.ls1), (self.mlp.fc2, self.ls2)):
+            linear.weight.mul_(scale.gamma[:, None])
+            linear.bias.mul_(scale.gamma)
+        self.ls1 = self.ls2 = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
