@@ -1,0 +1,1 @@
+"""ALIKED, image pair to matches in one graph."""

@@ -1,0 +1,120 @@
+"""ALIKED's convolutional part: image -> score map and feature map (Zhao et al. 2023, "ALIKED: A Lighter Keypoint and
+Descriptor Extraction Network via Deformable Transformation")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from matchanything_tools.networks.sampling import DeformableConv3x3
+
+DIVISOR = 32  # the lowest resolution is 1/32
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Channels of the four resolutions, descriptor length, and sampling positions per descriptor."""
+
+    channels: tuple[int, int, int, int]
+    dim: int
+    positions: int
+
+
+VARIANTS = {
+    "t16": Variant((8, 16, 32, 64), 64, 16),
+    "n16": Variant((16, 32, 64, 128), 128, 16),
+    "n16rot": Variant((16, 32, 64, 128), 128, 16),  # n16 trained with rotations
+    "n32": Variant((16, 32, 64, 128), 128, 32),
+}
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions, each with batch norm and SELU; from the second block on with a residual connection."""
+
+    def __init__(self, in_channels: int, channels: int, *, residual: bool, deformable: bool) -> None:
+        super().__init__()
+
+        def conv(inputs: int) -> nn.Module:
+            if deformable:
+                return DeformableConv3x3(inputs, channels)
+            return nn.Conv2d(inputs, channels, 3, padding=1, bias=False)
+
+        self.conv1, self.bn1 = conv(in_channels), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = conv(channels), nn.BatchNorm2d(channels)
+        self.downsample = nn.Conv2d(in_channels, channels, 1) if residual else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_channels, H, W] -> [B, channels, H, W]."""
+        y = self.bn2(self.conv2(F.selu(self.bn1(self.conv1(x)))))
+        return F.selu(y if self.downsample is None else y + self.downsample(x))
+
+    def fuse(self) -> None:
+        """Fold the batch norms into the convolutions before them."""
+        for conv, name in ((self.conv1, "bn1"), (self.conv2, "bn2")):
+            plain = conv.regular_conv if isinstance(conv, DeformableConv3x3) else conv
+            fused = fuse_conv_bn_eval(plain, getattr(self, name))
+            plain.weight, plain.bias = fused.weight, fused.bias
+            setattr(self, name, nn.Identity())
+
+
+class Backbone(nn.Module):
+    """Image -> score map and feature map at full resolution."""
+
+    def __init__(self, variant: Variant) -> None:
+        super().__init__()
+        c1, c2, c3, c4 = variant.channels
+        quarter = variant.dim // 4
+        self.block1 = Block(3, c1, residual=False, deformable=False)
+        self.block2 = Block(c1, c2, residual=True, deformable=False)
+        self.block3 = Block(c2, c3, residual=True, deformable=True)
+        self.block4 = Block(c3, c4, residual=True, deformable=True)
+        self.conv1 = nn.Conv2d(c1, quarter, 1, bias=False)
+        self.conv2 = nn.Conv2d(c2, quarter, 1, bias=False)
+        self.conv3 = nn.Conv2d(c3, quarter, 1, bias=False)
+        self.conv4 = nn.Conv2d(c4, quarter, 1, bias=False)
+        self.score_head = nn.Sequential(
+            nn.Conv2d(variant.dim, 8, 1, bias=False),
+            nn.SELU(),
+            nn.Conv2d(8, 4, 3, padding=1, bias=False),
+            nn.SELU(),
+            nn.Conv2d(4, 4, 3, padding=1, bias=False),
+            nn.SELU(),
+            nn.Conv2d(4, 1, 3, padding=1, bias=False),
+        )
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Image [B, 3, H, W] in [0, 1], H and W multiples of 32 -> score map [B, 1, H, W] float32 in (0, 1), and
+        feature map [B, dim, H, W] of unit length."""
+        size = image.shape[2:]
+        x1 = self.block1(image)
+        x2 = self.block2(F.avg_pool2d(x1, 2))
+        x3 = self.block3(F.avg_pool2d(x2, 4))
+        x4 = self.block4(F.avg_pool2d(x3, 4))
+        branches = [F.selu(c(x)) for c, x in zip((self.conv1, self.conv2, self.conv3, self.conv4), (x1, x2, x3, x4))]
+        features = torch.cat([branches[0], *(upsample(x, size) for x in branches[1:])], dim=1)
+        scores = torch.sigmoid(self._score_logits(branches, size).float())
+        return scores, F.normalize(features.float(), dim=1).to(features.dtype)
+
+    def fuse(self) -> None:
+        """Fold every batch norm into a convolution; afterwards the keys are no longer those of the checkpoint."""
+        for block in (self.block1, self.block2, self.block3, self.block4):
+            block.fuse()
+
+    def _score_logits(self, branches: list[Tensor], size: torch.Size) -> Tensor:
+        # The first layer is linear and so is upsampling: reducing to 8 channels first, at the low resolutions, is the
+        # same and saves most of the work.
+        parts = self.score_head[0].weight.chunk(4, dim=1)
+        reduced = [F.conv2d(x, weight) for x, weight in zip(branches, parts)]
+        x = reduced[0]
+        for low in reduced[1:]:
+            x = x + upsample(low, size)
+        return self.score_head[1:](x)
+
+
+def upsample(x: Tensor, size: torch.Size) -> Tensor:
+    """Bilinear, corner pixels aligned."""
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)

@@ -1,0 +1,70 @@
+"""Reading maps at real-valued positions: bilinear sampling and deformable convolution.
+
+Coordinates and grids stay in fp32 whatever the precision of the features (an fp16 grid is off by 0.2 px at 864 px),
+and so do the features that are sampled: GridSample takes no mixed types, and ONNX Runtime's CUDA kernel only fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def pixel_grid(height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """Pixel coordinates (x, y) of a map, [height, width, 2] float32, pixel centres at integers."""
+    y = torch.arange(height, device=device, dtype=torch.float32)
+    x = torch.arange(width, device=device, dtype=torch.float32)
+    return torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1)
+
+
+def size_xy(image: Tensor) -> Tensor:
+    """(width, height) of [..., H, W] as a float32 tensor [2] that follows dynamic sizes."""
+    return torch.stack((_scalar(image.shape[-1], image.device), _scalar(image.shape[-2], image.device)))
+
+
+def sample(features: Tensor, positions: Tensor) -> Tensor:
+    """Bilinear samples, zero outside the map.
+
+    Args:
+        features: [B, C, H, W].
+        positions: [B, P, Q, 2] pixels (x, y), centres at integers.
+
+    Returns:
+        [B, C, P, Q], in the type of `features`.
+    """
+    # align_corners=False maps pixel x to (2x + 1) / W - 1, which also works for maps of one pixel.
+    grid = (2 * positions.float() + 1) / size_xy(features) - 1
+    sampled = F.grid_sample(features.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return sampled.to(features.dtype)
+
+
+class DeformableConv3x3(nn.Module):
+    """Deformable 3x3 convolution without modulation (Dai et al. 2017): sampling at nine taps, then a 1x1 convolution.
+
+    Equal to torchvision.ops.deform_conv2d with stride 1 and padding 1 (the DeformConv operator, which TensorRT
+    rejects) up to rounding. Keys: offset_conv.{weight,bias}, regular_conv.weight.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.offset_conv = nn.Conv2d(in_channels, 18, 3, padding=1)
+        self.regular_conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, out_channels, H, W]."""
+        batch, channels, height, width = x.shape
+        limit = max(height, width) / 4
+        offsets = self.offset_conv(x).float()  # (y, x) of each tap, taps row by row
+        offsets = offsets.clamp(-limit, limit).reshape(batch, 9, 2, height, width)
+        taps = pixel_grid(3, 3, x.device).reshape(9, 1, 1, 2) - 1
+        positions = pixel_grid(height, width, x.device) + taps + offsets.permute(0, 1, 3, 4, 2).flip(-1)
+        # One GridSample over a map nine times as tall, instead of nine.
+        sampled = sample(x, positions.reshape(batch, 9 * height, width, 2))
+        sampled = sampled.reshape(batch, channels * 9, height, width)
+        weight = self.regular_conv.weight.reshape(-1, channels * 9, 1, 1)
+        return F.conv2d(sampled, weight, self.regular_conv.bias)
+
+
+def _scalar(size: int, device: torch.device) -> Tensor:
+    return torch.full((), size, dtype=torch.float32, device=device)

@@ -1,0 +1,73 @@
+"""The K largest of many values, for any K, in operators that every runtime accepts.
+
+TensorRT takes at most 3840 elements from one TopK, and a TopK over all pixels of an image is slow on a GPU.
+Two exact reformulations:
+
+- passes: take 3840, overwrite what was taken with minus infinity (ScatterElements without a reduction), take again;
+- blocks: any of the K largest values lies in one of the K blocks with the largest maxima, so the K best blocks
+  hold them all, and only those K blocks are searched.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PASS_LIMIT = 3840  # TensorRT's limit on K of one TopK
+TAKEN = -1e30  # finite: minus infinity times a zero mask would be NaN
+
+
+def topk(values: Tensor, k: int, *, limit: int = PASS_LIMIT) -> tuple[Tensor, Tensor]:
+    """The `k` largest along the last axis, best first, taking at most `limit` in one TopK.
+
+    Args:
+        values: [..., N] with N >= k and every value above `TAKEN`.
+        k: how many; fixed in the graph.
+        limit: the largest K that one TopK may have.
+
+    Returns:
+        values [..., k], indices [..., k] (int64), no index twice.
+    """
+    if k <= limit:
+        best = torch.topk(values, k, dim=-1)
+        return best.values, best.indices
+    passes = math.ceil(k / limit)
+    found = []
+    for number in range(passes):
+        size = min(limit, k - number * limit)
+        best = torch.topk(values, size, dim=-1)
+        found.append((best.values, best.indices))
+        if number + 1 < passes:
+            values = values.scatter(-1, best.indices, torch.full_like(best.values, TAKEN))
+    return torch.cat([v for v, _ in found], dim=-1), torch.cat([i for _, i in found], dim=-1)
+
+
+def topk_blocks(values: Tensor, k: int, *, block: int, limit: int = PASS_LIMIT) -> tuple[Tensor, Tensor]:
+    """`topk` over few blocks instead of all values: the same result where no two values are equal.
+
+    Worth it where N is much larger than k * block. N need not be a multiple of `block`, nor as large as k.
+
+    Args:
+        values: [B, N], every value above `TAKEN`.
+        k: how many.
+        block: how many neighbours make one block; sqrt(N / k) gives the least work.
+
+    Returns:
+        values [B, k], indices [B, k] (int64). Where N < k the surplus has value `TAKEN` and index 0.
+    """
+    batch, count = values.shape
+    if isinstance(count, int):
+        surplus = max(math.ceil(count / block), k) * block - count
+    else:
+        surplus = (k + 1) * block - 1  # a dynamic N: enough for k whole blocks whatever it is
+    padded = F.pad(values, (0, surplus), value=TAKEN)
+    blocks = padded.shape[1] // block
+    table = padded[:, : blocks * block].reshape(batch, blocks, block)
+    _, chosen = topk(table.amax(dim=2), k, limit=limit)
+    candidates = table.gather(1, chosen.unsqueeze(2).expand(-1, -1, block)).reshape(batch, k * block)
+    best, slot = topk(candidates, k, limit=limit)
+    index = chosen.gather(1, slot // block) * block + slot % block
+    return best, torch.where(best > TAKEN, index, torch.zeros_like(index))
