@@ -3,20 +3,18 @@
 Three criteria, all of them mutual: a match is the best partner in both directions.
 
 - dual_softmax: probability that each is the other's partner, softmax over rows times softmax over columns (Rocco et al. 2018);
-- mutual: mutual nearest neighbours with a minimal cosine;
+- mutual: mutual nearest neighbours;
 - ratio: mutual, and the distance to the best is at most `ratio` times that to the second best (Lowe 2004).
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from matchanything_tools.networks.topk import topk
 
-Criterion = Literal["dual_softmax", "mutual", "ratio"]
+CRITERIA = ("dual_softmax", "mutual", "ratio")
 
 
 def match(
@@ -25,8 +23,7 @@ def match(
     valid0: Tensor,
     valid1: Tensor,
     *,
-    criterion: Criterion = "dual_softmax",
-    threshold: float = 0.1,
+    criterion: str = "dual_softmax",
     inverse_temperature: float = 20.0,
     ratio: float = 0.9,
     max_matches: int,
@@ -37,14 +34,14 @@ def match(
         descriptors0, descriptors1: [K0, D], [K1, D], of unit length.
         valid0, valid1: [K0], [K1] bool; False marks padding, which never matches.
         criterion: see above.
-        threshold: the least score of a match: probability (dual_softmax) or cosine (mutual, ratio).
         inverse_temperature: factor on the cosine before the softmax.
         ratio: largest ratio of the distances, for "ratio".
         max_matches: fixed length of the result, at most K0.
 
     Returns:
         index0, index1 [max_matches] int64, scores [max_matches] float32, best first, 0 for padding.
-        Scores are the probability, or the cosine.
+        Scores are the probability (dual_softmax) or the cosine. A least score is not part of the graph: whoever runs
+        it drops what is below the manifest's threshold, which can then be changed at run time.
     """
     cosine = descriptors0.float() @ descriptors1.float().transpose(0, 1)
     both = valid0[:, None] & valid1[None, :]
@@ -60,7 +57,7 @@ def match(
     best, partners = torch.topk(similarity, candidates, dim=1)
     scores, partner = best[:, 0], partners[:, 0]
     # Best in the other direction too: compared by value, which needs one reduction and no second search for the place.
-    keep = (scores >= similarity.amax(dim=0)[partner]) & (scores > max(threshold, 0.0))
+    keep = (scores >= similarity.amax(dim=0)[partner]) & (scores > 0)
     if criterion == "ratio":
         distance = (2 - 2 * best).clamp(min=0).sqrt()
         keep = keep & (distance[:, 0] <= ratio * distance[:, 1])
