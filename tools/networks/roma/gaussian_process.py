@@ -1,0 +1,44 @@
+"""The Gaussian process of RoMa: where each token of one image lies in the other, as a regression (DKM, CVPR 2023)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from matchanything_tools.networks.roma.grids import pixel_grid
+from matchanything_tools.networks.roma.solve import solve_spd
+
+NOISE = 0.1  # on the diagonal of the kernel matrix
+TEMPERATURE = 0.2
+WIDTH = 512
+
+
+class GaussianProcess(nn.Module):
+    """Features x [B, N, 512] of one image and y [B, N, 512] of the other -> posterior mean [B, N, 512] at x.
+
+    The regression targets are Fourier features of the positions of y: constants of the map's size. Always in float32:
+    the kernel matrix is ill-conditioned (up to 16000 on an image without structure).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos_conv = nn.Conv2d(2, WIDTH, 1)
+
+    def targets(self, height: int, width: int) -> torch.Tensor:
+        """Fourier features [1, height*width, 512] of the grid of y."""
+        features = torch.cos(8 * math.pi * self.pos_conv(pixel_grid(height, width)))
+        return features.flatten(2).transpose(1, 2)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        covariance = kernel(y, y) + NOISE * torch.eye(y.shape[1])
+        solution = solve_spd(covariance, self.targets(height, width), NOISE, 1.0 + NOISE)
+        return kernel(x, y) @ solution
+
+
+def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """exp((cos(x, y) - 1) / temperature) for all pairs of [B, N, C] and [B, M, C] -> [B, N, M]."""
+    norms = x.norm(dim=2, keepdim=True) @ y.norm(dim=2, keepdim=True).transpose(1, 2)
+    cosine = (x @ y.transpose(1, 2)) / (norms + 1e-6)
+    return torch.exp((cosine - 1.0) / TEMPERATURE)
