@@ -1,7 +1,7 @@
 """What pyproject.toml cannot say: the messages, generated and compiled by CMake with ROS 2 from wheels.
 
 pip runs `build_py`; it runs CMake (CMakeLists.txt, the same that colcon uses) into build/ros/stage and puts
-- the generated Python package of the messages beside our own files (in editable mode: into the source tree, git-ignored),
+- the generated Python package of the messages beside our files (in editable mode: into the source tree, git-ignored),
 - the message libraries, the node's script and the share folder into the environment, as `data_files`.
 Without the generators (no wheels for this platform) everything else is installed, and one line says what is missing.
 """
@@ -88,10 +88,11 @@ def stage_messages() -> Path:
 def environment_files(stage: Path) -> list[tuple[str, list[str]]]:
     """(folder in the environment, files) for what lies outside the Python packages, as setuptools wants it.
 
-    Left out: headers and CMake files (for C++ users, who have a ROS installation and colcon), shell hooks, bin/ (pip makes it).
+    Left out: headers and CMake files (C++ users have a ROS installation and colcon), shell hooks, bin/ (pip makes it).
     """
     wanted = ["lib/*.so", f"lib/{NAME}/*", "share/ament_index/**/*"]
-    wanted += [f"share/{NAME}/{part}" for part in ("package.xml", "launch/**/*", "config/**/*", "msg/*.msg", "msg/*.idl")]
+    share = ("package.xml", "launch/**/*", "config/**/*", "msg/*.msg", "msg/*.idl")
+    wanted += [f"share/{NAME}/{part}" for part in share]
     folders: dict[str, list[str]] = {}
     for pattern in wanted:
         for file in sorted(stage.glob(pattern)):
@@ -108,7 +109,8 @@ class BuildWithMessages(build_py):
 
     def run(self) -> None:
         if not self.editable_mode:
-            shutil.rmtree(self.build_lib, ignore_errors=True)  # pip builds in place: a deleted module would live on in here
+            # pip builds in the source tree: a module that was deleted would live on in here.
+            shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
         if (reason := why_no_messages()) is not None:
             print(f"{NAME}: installed without ROS messages and node: {reason}", file=sys.stderr)
@@ -124,7 +126,7 @@ class BuildWithMessages(build_py):
         for library in generated.glob("*.so"):
             shutil.copy2(library, target)
         self.distribution.data_files = environment_files(stage)
-        if self.editable_mode:  # setuptools leaves data_files out of an editable wheel: the message libraries would be missing
+        if self.editable_mode:  # setuptools leaves data_files out of an editable wheel: no message libraries
             self.run_command("install_data")
 
 

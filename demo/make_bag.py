@@ -2,8 +2,8 @@
 
     python demo/make_bag.py out/demo/bag
 
-Topics: /cam0/image_raw (bgr8) and /cam1/image_raw (mono8), sensor_msgs/Image. The pictures are real, the stamps are made:
-`rate` frames per second, cam1 4 ms after cam0 (as two cameras without a common trigger).
+Topics: /cam0/image_raw (bgr8) and /cam1/image_raw (mono8), sensor_msgs/Image. The pictures are real, the stamps are
+made: `rate` frames per second, cam1 4 ms after cam0 (as two cameras without a common trigger).
 """
 
 from __future__ import annotations
