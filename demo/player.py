@@ -1,0 +1,121 @@
+"""The camera side of the demo: plays a recording of two cameras into a running node and keeps what the node answers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.serialization import deserialize_message
+from rosbags.highlevel import AnyReader
+from sensor_msgs.msg import Image
+
+from matchanything_ros.errors import UserError
+from matchanything_ros.msg import Correspondences, Homography
+
+RELIABLE = QoSProfile(depth=50, reliability=ReliabilityPolicy.RELIABLE)
+
+
+@dataclass
+class Recording:
+    """What came from the node. messages: (topic, receive time [ns], serialised message), in order of arrival."""
+
+    messages: list[tuple[str, int, bytes]] = field(default_factory=list)
+    homographies: list[Homography] = field(default_factory=list)
+    correspondences: list[Correspondences] = field(default_factory=list)
+    pictures: list[Image] = field(default_factory=list)
+    diagnostics: DiagnosticArray | None = None
+    latencies_ms: dict[int, float] = field(
+        default_factory=dict
+    )  # stamp of image 0 [ns] -> second image out to answer in
+
+
+def stamp_ns(message: Image | Homography | Correspondences) -> int:
+    """The stamp of image 0, in nanoseconds."""
+    return int(message.header.stamp.sec) * 10**9 + int(message.header.stamp.nanosec)
+
+
+class Player(Node):
+    """Publishes the images of a recording and subscribes to all outputs of the node called `node`."""
+
+    def __init__(self, topics: tuple[str, str], node: str) -> None:
+        super().__init__("demo_player")
+        self.recording = Recording()
+        self._sent: dict[int, float] = {}
+        self._cameras = {topic: self.create_publisher(Image, topic, RELIABLE) for topic in topics}
+        self._topics = [f"/{node}/correspondences", f"/{node}/homography", f"/{node}/matches/image", "/diagnostics"]
+        types = (Correspondences, Homography, Image, DiagnosticArray)
+        for topic, kind in zip(self._topics, types, strict=True):
+            self.create_subscription(
+                kind, topic, lambda raw, t=topic, k=kind: self._keep(t, k, raw), RELIABLE, raw=True
+            )
+        self._executor = SingleThreadedExecutor()
+        self._executor.add_node(self)
+
+    def _keep(self, topic: str, kind: type, raw: bytes) -> None:
+        now, record = time.perf_counter(), self.recording
+        message = deserialize_message(raw, kind)
+        if kind is Image:
+            record.pictures.append(message)  # kept as pictures, not in the mcap: 50 MB of drawings help nobody there
+            return
+        record.messages.append((topic, time.time_ns(), raw))
+        if kind is DiagnosticArray:
+            record.diagnostics = message
+        elif kind is Correspondences:
+            record.correspondences.append(message)
+        else:
+            record.homographies.append(message)
+            if (sent := self._sent.get(stamp_ns(message))) is not None:
+                record.latencies_ms[stamp_ns(message)] = 1e3 * (now - sent)
+
+    def spin_for(self, seconds: float) -> None:
+        """Handle what arrives during this time."""
+        end = time.perf_counter() + seconds
+        while (left := end - time.perf_counter()) > 0:
+            self._executor.spin_once(timeout_sec=left)
+
+    def wait_for_node(self, alive: object, timeout: float = 60.0) -> None:
+        """Until the node listens to both cameras and its outputs are connected. `alive()` is None while it runs."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            listening = all(camera.get_subscription_count() > 0 for camera in self._cameras.values())
+            if listening and all(self.count_publishers(topic) > 0 for topic in self._topics[:2]):
+                self.spin_for(0.5)  # let the other direction of the discovery finish as well
+                return
+            if callable(alive) and alive() is not None:
+                raise UserError("The node ended before it was ready: its log is above.")
+            self.spin_for(0.1)
+        raise UserError(f"The node did not listen to {' and '.join(self._cameras)} within {timeout:.0f} s.")
+
+    def play(self, bag: Path) -> int:
+        """Publish the recording with its own timing. Returns the number of image pairs."""
+        with AnyReader([bag]) as reader:
+            start, first, count = time.perf_counter(), reader.start_time, 0
+            for connection, stamp, raw in reader.messages():
+                self.spin_for(max(0.0, start + (stamp - first) * 1e-9 - time.perf_counter()))
+                camera = list(self._cameras).index(connection.topic)
+                if camera == 0:
+                    image_stamp, count = stamp, count + 1
+                else:
+                    self._sent[image_stamp] = time.perf_counter()
+                self._cameras[connection.topic].publish(bytes(raw))
+        return count
+
+    def wait_for_answers(self, pairs: int, quiet: float = 3.0) -> None:
+        """Until every pair was answered, or nothing came for `quiet` seconds (the node skips pairs when it is busy)."""
+        last, since = -1, time.monotonic()
+        while len(self.recording.homographies) < pairs and time.monotonic() - since < quiet:
+            if len(self.recording.homographies) != last:
+                last, since = len(self.recording.homographies), time.monotonic()
+            self.spin_for(0.1)
+        self.spin_for(1.2)  # the last diagnostics (1 Hz) and the last picture
+
+    def close(self) -> None:
+        self._executor.shutdown()
+        self.destroy_node()
+        rclpy.try_shutdown()
