@@ -1,4 +1,4 @@
-"""Stamped images of two cameras -> pairs for a matcher that may be slower than they come. Everything dropped is counted.
+"""Stamped images of two cameras -> pairs, for a matcher that may be slower than they come. All drops are counted.
 
 Per camera, always: received = paired + waiting + the sum over the reasons of `dropped`.
 """
@@ -37,7 +37,7 @@ class Pair:
 class Pairing:
     """Pairs images by their stamps; holds at most one finished pair, the newest. Not thread-safe.
 
-    tolerance_seconds: largest difference of the stamps of a pair. exact: only equal stamps pair, whatever the tolerance.
+    tolerance_seconds: largest difference of the stamps of a pair. exact: only equal stamps pair.
     queue_size: images of one camera that wait for the other. jump_seconds: a stamp this much older than the one before
     it is not a late image but a clock that was set back (a bag that starts again): what the old time left is dropped.
 
