@@ -2,7 +2,8 @@
 
 Three criteria, all of them mutual: a match is the best partner in both directions.
 
-- dual_softmax: probability that each is the other's partner, softmax over rows times softmax over columns (Rocco et al. 2018);
+- dual_softmax: probability that each is the other's partner: softmax over rows times softmax over columns (Rocco et
+  al. 2018);
 - mutual: mutual nearest neighbours;
 - ratio: mutual, and the distance to the best is at most `ratio` times that to the second best (Lowe 2004).
 """

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from matchanything_tools.networks.mutual import CRITERIA, match
 from torch import Tensor, nn
 
 from matchanything_ros.bundle import InputSpec
 from matchanything_ros.errors import UserError
+from matchanything_tools.networks.mutual import CRITERIA, match
 
 Size = tuple[int, int]
 

@@ -59,10 +59,8 @@ def topk_blocks(values: Tensor, k: int, *, block: int, limit: int = PASS_LIMIT) 
         values [B, k], indices [B, k] (int64). Where N < k the surplus has value `TAKEN` and index 0.
     """
     batch, count = values.shape
-    if isinstance(count, int):
-        surplus = max(math.ceil(count / block), k) * block - count
-    else:
-        surplus = (k + 1) * block - 1  # a dynamic N: enough for k whole blocks whatever it is
+    whole = max(math.ceil(count / block), k) * block if isinstance(count, int) else None
+    surplus = (k + 1) * block - 1 if whole is None else whole - count  # a dynamic N may be 0: k whole blocks always
     padded = F.pad(values, (0, surplus), value=TAKEN)
     blocks = padded.shape[1] // block
     table = padded[:, : blocks * block].reshape(batch, blocks, block)

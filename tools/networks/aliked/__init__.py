@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 
 import torch
-from matchanything_tools.checkpoints import load_strict, read_checkpoint
-from matchanything_tools.export import Exportable, weights_info
-from matchanything_tools.networks import sparse_pair
-from matchanything_tools.networks.aliked.backbone import DIVISOR, VARIANTS, Backbone, Variant
-from matchanything_tools.networks.aliked.description import DescriptorHead
-from matchanything_tools.networks.aliked.detection import detect
-from matchanything_tools.networks.sparse_pair import SparsePair
 from torch import Tensor
 
 from matchanything_ros.bundle import Preprocess
 from matchanything_ros.errors import UserError
+from matchanything_tools.checkpoints import load_strict, read_checkpoint
+from matchanything_tools.export import Exportable, weights_info
+from matchanything_tools.networks import sparse_pair
+from matchanything_tools.networks.aliked.backbone import DIVISOR, VARIANTS, Backbone, Variant, normalise
+from matchanything_tools.networks.aliked.description import DescriptorHead
+from matchanything_tools.networks.aliked.detection import detect
+from matchanything_tools.networks.sparse_pair import SparsePair
 
 MAX_KEYPOINTS = 5000
 SOURCE = "https://github.com/Shiaoming/ALIKED"
@@ -34,25 +34,33 @@ class Aliked(Backbone):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Image [B, 3, H, W] in [0, 1] -> keypoints [B, K, 2], scores [B, K] (0: padding), descriptors [B, K, D]."""
-        padded, (top, left) = pad_edges(image)
         height, width = image.shape[2:]
-        maps = super().forward(padded.to(self.conv1.weight.dtype))
-        scores, features = (x.narrow(2, top, height).narrow(3, left, width) for x in maps)
+        padded, inside, (left, top) = pad_edges(image)
+        scores, groups = super().forward(padded.to(self.conv1.weight.dtype))
+        scores = scores.narrow(2, top, height).narrow(3, left, width)
         keypoints, values = detect(scores, self.keypoints, self.threshold)
-        return keypoints, values, self.desc_head(features, keypoints)
+        # The features are not cropped, which would copy them: outside of the image they are made zero instead.
+        corner = torch.stack([torch.full((), side, dtype=torch.float32, device=image.device) for side in (left, top)])
+        descriptors = self.desc_head(normalise(groups, inside), keypoints + corner, max(height, width) / 4)
+        return keypoints, values, descriptors
 
 
-def pad_edges(image: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Repeat the border pixels until both sides are multiples of 32, half on each side; returns (top, left) as well."""
-    before = []
+def pad_edges(image: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Repeat the border pixels until both sides are multiples of 32, half on each side.
+
+    Returns the padded image, a map [H, W] that is 1 inside the original and 0 in the padding, and (left, top).
+    """
+    inside, before = [], []
     for axis in (2, 3):
         side = image.shape[axis]
         surplus = (side + DIVISOR - 1) // DIVISOR * DIVISOR - side
-        before.append(surplus // 2)
+        place = torch.arange(side + surplus, device=image.device) - surplus // 2
+        nearest = place.clamp(min=0, max=side - 1)
         if not isinstance(surplus, int) or surplus:
-            index = torch.arange(side + surplus, device=image.device) - surplus // 2
-            image = image.index_select(axis, index.clamp(min=0, max=side - 1))
-    return image, (before[0], before[1])
+            image = image.index_select(axis, nearest)
+        inside.append((place == nearest).float())
+        before.append(surplus // 2)
+    return image, inside[0][:, None] * inside[1], (before[1], before[0])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -86,35 +86,45 @@ class Backbone(nn.Module):
             nn.Conv2d(4, 1, 3, padding=1, bias=False),
         )
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Image [B, 3, H, W] in [0, 1], H and W multiples of 32 -> score map [B, 1, H, W] float32 in (0, 1), and
-        feature map [B, dim, H, W] of unit length."""
+    def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Image [B, 3, H, W] in [0, 1], H and W multiples of 32 -> score map [B, 1, H, W] float32 in (0, 1), and the
+        features at full resolution as four groups of channels, [B, dim / 4, H, W] float32, not normalised."""
         size = image.shape[2:]
         x1 = self.block1(image)
         x2 = self.block2(F.avg_pool2d(x1, 2))
         x3 = self.block3(F.avg_pool2d(x2, 4))
         x4 = self.block4(F.avg_pool2d(x3, 4))
-        branches = [F.selu(c(x)) for c, x in zip((self.conv1, self.conv2, self.conv3, self.conv4), (x1, x2, x3, x4))]
-        features = torch.cat([branches[0], *(upsample(x, size) for x in branches[1:])], dim=1)
-        scores = torch.sigmoid(self._score_logits(branches, size).float())
-        return scores, F.normalize(features.float(), dim=1).to(features.dtype)
+        groups = [
+            F.selu(self.conv1(x1)),
+            F.selu(self.conv2(x2)),
+            F.selu(self.conv3(x3)),
+            F.selu(self.conv4(x4)),
+        ]
+        scores = torch.sigmoid(self._score_logits(groups, size).float())
+        return scores, [groups[0].float(), *(upsample(x.float(), size) for x in groups[1:])]
 
     def fuse(self) -> None:
         """Fold every batch norm into a convolution; afterwards the keys are no longer those of the checkpoint."""
         for block in (self.block1, self.block2, self.block3, self.block4):
             block.fuse()
 
-    def _score_logits(self, branches: list[Tensor], size: torch.Size) -> Tensor:
+    def _score_logits(self, groups: list[Tensor], size: torch.Size) -> Tensor:
         # The first layer is linear and so is upsampling: reducing to 8 channels first, at the low resolutions, is the
         # same and saves most of the work.
         parts = self.score_head[0].weight.chunk(4, dim=1)
-        reduced = [F.conv2d(x, weight) for x, weight in zip(branches, parts)]
-        x = reduced[0]
-        for low in reduced[1:]:
-            x = x + upsample(low, size)
+        x, *low = (F.conv2d(group, weight) for group, weight in zip(groups, parts, strict=True))
+        for y in low:
+            x = x + upsample(y, size)
         return self.score_head[1:](x)
 
 
 def upsample(x: Tensor, size: torch.Size) -> Tensor:
     """Bilinear, corner pixels aligned."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+def normalise(groups: list[Tensor], inside: Tensor) -> list[Tensor]:
+    """Divide the features by their length over all groups of channels, and make them 0 where `inside` [H, W] is 0."""
+    lengths = torch.cat([torch.linalg.vector_norm(group, dim=1, keepdim=True) for group in groups], dim=1)
+    factor = inside / torch.linalg.vector_norm(lengths, dim=1, keepdim=True).clamp(min=1e-12)
+    return [group * factor for group in groups]

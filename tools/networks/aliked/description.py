@@ -21,29 +21,33 @@ class DescriptorHead(nn.Module):
         self.sf_conv = nn.Conv2d(dim, dim, 1, bias=False)
         self.agg_weights = nn.Parameter(torch.empty(positions, dim, dim))
 
-    def forward(self, features: Tensor, keypoints: Tensor) -> Tensor:
-        """Feature map [B, dim, H, W] and keypoints [B, K, 2] in pixels -> descriptors [B, K, dim] of unit length, float32."""
-        batch, dim, height, width = features.shape
-        count = keypoints.shape[1]
-        limit = max(height, width) / 4
-        patches = patches3x3(features, keypoints.to(torch.int64))
+    def forward(self, features: list[Tensor], keypoints: Tensor, limit: float) -> Tensor:
+        """Descriptors [B, K, dim] float32 of unit length.
+
+        features: groups of channels, [B, *, H, W] each, dim channels in all. keypoints: [B, K, 2] in pixels of these
+        maps. limit: the largest offset in pixels.
+        """
+        batch, count = keypoints.shape[:2]
+        dim = self.sf_conv.in_channels
+        pixels = keypoints.to(torch.int64)
+        patches = torch.cat([patches3x3(group, pixels) for group in features], dim=1)  # [B, dim, K, 9]
+        patches = patches.to(self.sf_conv.weight.dtype).transpose(1, 2).reshape(batch * count, dim, 3, 3)
         offsets = self.offset_conv(patches).reshape(batch, count, 2, self.positions)
         offsets = offsets.float().clamp(-limit, limit).transpose(2, 3)  # M x positions, then M y positions
-        sampled = sample(features, keypoints.unsqueeze(2) + offsets)  # [B, dim, K, M]
-        sampled = F.selu(self.sf_conv(sampled)).permute(0, 2, 3, 1).reshape(batch, count, self.positions * dim)
+        positions = keypoints.unsqueeze(2) + offsets
+        sampled = torch.cat([sample(group, positions) for group in features], dim=1)  # [B, dim, K, M]
+        sampled = F.selu(self.sf_conv(sampled.to(self.sf_conv.weight.dtype)))
+        sampled = sampled.permute(0, 2, 3, 1).reshape(batch, count, self.positions * dim)
         descriptors = sampled @ self.agg_weights.reshape(self.positions * dim, dim)
         return F.normalize(descriptors.float(), dim=2)
 
 
 def patches3x3(features: Tensor, pixels: Tensor) -> Tensor:
-    """3x3 patches [B * K, C, 3, 3] of [B, C, H, W] around integer pixels [B, K, 2] (x, y), zero outside the map."""
+    """3x3 patches [B, C, K, 9] of [B, C, H, W] around integer pixels [B, K, 2] (x, y), zero outside the map."""
     batch, channels, height, width = features.shape
-    count = pixels.shape[1]
     around = pixels.unsqueeze(2) + (pixel_grid(3, 3, features.device).reshape(9, 2) - 1).to(torch.int64)
     x, y = around[..., 0], around[..., 1]
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     index = (y * width + x) * inside.to(torch.int64)
-    flat = features.reshape(batch, channels, -1)
-    gathered = flat.gather(2, index.reshape(batch, 1, -1).expand(-1, channels, -1))
-    gathered = gathered * inside.reshape(batch, 1, -1).to(features.dtype)
-    return gathered.reshape(batch, channels, count, 9).permute(0, 2, 1, 3).reshape(batch * count, channels, 3, 3)
+    gathered = features.reshape(batch, channels, -1).gather(2, index.reshape(batch, 1, -1).expand(-1, channels, -1))
+    return gathered.reshape(batch, channels, -1, 9) * inside.unsqueeze(1).to(features.dtype)

@@ -28,7 +28,8 @@ def suppress(scores: Tensor) -> Tensor:
 
 
 def select(maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of the suppressed map [B, 1, H, W]: scores [B, k], best first, 0 where there are fewer maxima; x and y [B, k, 2].
+    """The k best of the suppressed map [B, 1, H, W]: scores [B, k], best first, 0 where there are fewer, and their
+    pixels (x, y) [B, k, 2] int64.
 
     Two maxima are at least 3 px apart (equal neighbours excepted, of which one is taken), so each 3x3 block holds at
     most one and the search is over a ninth of the pixels.
