@@ -164,8 +164,17 @@ def _write_onnx(item: Exportable, path: Path) -> None:
         )
     assert program is not None
     add_function_bodies(program.model)
+    _strip_traces(program.model)
     size = sum(tensor.nbytes for tensor in item.module.state_dict().values())
     program.save(str(path), external_data=size > EXTERNAL_DATA_OVER)
+
+
+def _strip_traces(model: Any) -> None:
+    """Drop what the exporter noted on every node except its module: stack traces name files of this machine."""
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        for node in graph.all_nodes():
+            for key in [key for key in node.metadata_props if key != "namespace"]:
+                del node.metadata_props[key]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
