@@ -15,4 +15,5 @@ class Family:
 
 FAMILIES = {
     "aliked": Family("matchanything_tools.networks.aliked", "ALIKED: t16, n16, n16rot, n32"),
+    "roma": Family("matchanything_tools.networks.roma", "RoMa: MatchAnything, RoMa, GIM, MINIMA"),
 }

@@ -6,6 +6,8 @@ The offsets of the window are whole cells, so all samples of a window share one 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 VOLUME_CELLS = 12_000  # maps up to this many cells: all pairs in one product, 2 x 272 MB in fp16 at this size
@@ -33,7 +35,7 @@ def local_correlation(x: torch.Tensor, y: torch.Tensor, flow: torch.Tensor, radi
 
 
 def _window(target: torch.Tensor, size: int, radius: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Along one axis, for target [B, H, W]: cells [B, HW, 2r+2] (clamped to the map), 1 where inside, fraction [B, HW, 1]."""
+    """Along one axis of target [B, H, W]: cells [B, HW, 2r+2] within the map, 1 where inside, fraction [B, HW, 1]."""
     position = ((target.flatten(1)[..., None] + 1.0) * size - 1.0) / 2.0
     first = torch.floor(position)
     cells = first + torch.arange(-radius, radius + 2, dtype=torch.float32)
@@ -51,7 +53,7 @@ def _dots(left: torch.Tensor, right: torch.Tensor, index: torch.Tensor) -> torch
     edges = [cells * i // pieces for i in range(pieces + 1)]
     results = []
     for b in range(batch):
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in pairwise(edges):
             near = right[b].index_select(0, index[b, start:end].flatten()).unflatten(0, (end - start, window))
             results.append((near @ left[b, start:end, :, None])[..., 0])
     return torch.cat(results).unflatten(0, (batch, cells))

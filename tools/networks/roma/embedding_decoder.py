@@ -25,7 +25,7 @@ class EmbeddingDecoder(nn.Module):
         x = torch.cat((posterior, features), 2)
         for block in self.blocks:
             x = block(x)
-        # Two products: one of odd width would miss the tensor cores. The single certainty channel is a final head: fp32.
+        # Two products: one of odd width would miss the tensor cores. Certainty is a final head: fp32.
         weight, bias = self.to_out.weight, self.to_out.bias
         logits = F.linear(x, weight[:-1].to(x.dtype), bias[:-1].to(x.dtype))
         certainty = F.linear(x.float(), weight[-1:], bias[-1:])

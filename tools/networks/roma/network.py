@@ -87,14 +87,12 @@ class Roma(nn.Module):
         Returns flow [2, 2, H, W], normalised target in the other image, possibly outside [-1, 1], and certainty
         [2, 1, H, W] in [0, 1], both at the size of the last refiner's map.
         """
-        states = {}
-        for stride, flow, certainty in self.first_pass(coarse):
-            states[stride] = flow, certainty
-        flow, certainty = states[self.finest]
+        states = list(self.first_pass(coarse))
+        low = states[0][2]
+        _, flow, certainty = states[-1]
         if fine is not None:
-            for _, flow, certainty in self.second_pass(fine, flow, certainty, coarse.shape[2:]):
-                pass
-        low = _resize(states[16][1], flow.shape[2:])
+            *_, (_, flow, certainty) = self.second_pass(fine, flow, certainty, coarse.shape[2:])
+        low = _resize(low, flow.shape[2:])
         # The sign is as trained: half of a negative coarse logit is taken away, which raises the certainty.
         certainty = torch.sigmoid(certainty - ATTENUATION * low.clamp(max=0.0))
         inside = (flow.abs() <= 1.0).all(1, keepdim=True)

@@ -50,16 +50,13 @@ class ConvRefiner(nn.Module):
         if extra:
             for block in (self.block1, *self.hidden_blocks):
                 depthwise, pointwise = block[0], block[3]
-                block[0] = _conv(
-                    self._insert(depthwise.weight, 0, extra), self._insert(depthwise.bias, 0, extra), width + extra
-                )
-                weight = self._insert(self._insert(pointwise.weight, 0, extra), 1, extra)
-                block[3] = _conv(weight, self._insert(pointwise.bias, 0, extra), 1)
-            self.out_conv = _conv(self._insert(self.out_conv.weight, 1, extra), self.out_conv.bias, 1)
-            embedding = self.disp_emb
-            self.disp_emb = _conv(
-                F.pad(embedding.weight, (0, 0, 0, 0, 0, 0, 0, extra)), F.pad(embedding.bias, (0, extra)), 1
-            )
+                weight, bias = (self._insert(x, 0, extra) for x in (depthwise.weight, depthwise.bias))
+                block[0] = _conv(weight, bias, width + extra)
+                weight, bias = (self._insert(x, 0, extra) for x in (pointwise.weight, pointwise.bias))
+                block[3] = _conv(self._insert(weight, 1, extra), bias)
+            self.out_conv = _conv(self._insert(self.out_conv.weight, 1, extra), self.out_conv.bias)
+            weight, bias = self.disp_emb.weight, self.disp_emb.bias
+            self.disp_emb = _conv(torch.cat((weight, weight.new_zeros(extra, 2, 1, 1))), F.pad(bias, (0, extra)))
         return self
 
     def _insert(self, tensor: torch.Tensor, axis: int, count: int) -> torch.Tensor:
@@ -78,7 +75,7 @@ def _block(width: int) -> nn.Sequential:
     )
 
 
-def _conv(weight: torch.Tensor, bias: torch.Tensor, groups: int) -> nn.Conv2d:
+def _conv(weight: torch.Tensor, bias: torch.Tensor, groups: int = 1) -> nn.Conv2d:
     """A convolution of stride 1 that keeps the size, with these weights."""
     with torch.device("meta"):
         conv = nn.Conv2d(

@@ -8,6 +8,7 @@ Newton-Schulz iterations (Schulz 1933; Pan and Schreiber 1991 for the scaling).
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -60,7 +61,7 @@ def _eliminate(matrix: torch.Tensor, edges: list[int], smallest: float, largest_
     """For each diagonal block: its inverse P, what is right of it (U), and L = U^T P."""
     factors: Factors = []
     rest = matrix
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         width = end - start
         inverse = inverse_spd(rest[:, :width, :width], smallest, width * largest_diagonal)
         if end == edges[-1]:
