@@ -61,6 +61,8 @@ def load_strict(module: torch.nn.Module, state: Mapping[str, torch.Tensor], *, w
     (shortened) what does not fit and says which published model the file looks like.
     """
     own = module.state_dict()
+    # Counters of batch norms are scalars, but some files (and PyTorch before 0.4) hold them as one-element vectors.
+    state = {k: v.reshape(()) if k in own and own[k].ndim == 0 and v.numel() == 1 else v for k, v in state.items()}
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     shapes = [
