@@ -1,4 +1,4 @@
-"""The package as users get it: a source distribution, installed by pip into an empty environment; with and without ROS."""
+"""The package as users get it: from a source distribution, by pip, into an empty environment; with and without ROS."""
 
 from __future__ import annotations
 
