@@ -1,0 +1,1 @@
+"""Kestrel: our own small matcher across modalities."""
