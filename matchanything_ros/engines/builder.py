@@ -1,4 +1,4 @@
-"""ONNX -> serialized TensorRT plan, in memory. No file is written and no torch is needed: a robot builds its own plans."""
+"""ONNX -> serialized TensorRT plan, in memory. It needs no torch: a robot builds its own plans."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from matchanything_ros.bundle import Bundle, Size, load_bundle
-from matchanything_ros.engines.buildlog import BuildLog, parser_sentence
+from matchanything_ros.engines.buildlog import BuildLog, parser_sentence, trt_logger
 from matchanything_ros.engines.device import Device, current_device
 from matchanything_ros.engines.flavour import Flavour, load_flavour
 from matchanything_ros.engines.plan import Profile
@@ -69,7 +69,7 @@ def build_engine(
             source = load_bundle(onnx)
         bundle = source if isinstance(source, Bundle) else None
         profile = {spec.name: (spec.min, spec.opt, spec.max) for spec in bundle.manifest.inputs} if bundle else {}
-    logger = _logger(trt, log)
+    logger = trt_logger(trt, log)
     builder = trt.Builder(logger)
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # the only mode from 11 on
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
@@ -146,17 +146,6 @@ def _set_profile(builder: Any, config: Any, network: Any, wanted: Mapping[str, A
     if dynamic:
         config.add_optimization_profile(profile)
     return full
-
-
-def _logger(trt: Any, log: BuildLog) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[name-defined,misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            log.add(severity.name, message)
-
-    return Logger()
 
 
 def _monitor(trt: Any, progress: Progress | None, stop: threading.Event) -> Any:

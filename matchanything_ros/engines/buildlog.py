@@ -43,6 +43,10 @@ class BuildLog:
     def errors(self) -> list[str]:
         return [*self._lines["INTERNAL_ERROR"], *self._lines["ERROR"]]
 
+    def last_error(self) -> str:
+        errors = self.errors()
+        return _short(errors[-1]) if errors else "TensorRT gave no reason"
+
     def warnings(self) -> tuple[str, ...]:
         """The first line of each different warning, at most ten."""
         return tuple(_short(line) for line in self._lines["WARNING"][:10])
@@ -54,7 +58,6 @@ class BuildLog:
     def failure(self, onnx: Path) -> str:
         """One sentence for a build that gave no plan."""
         text = "\n".join(self.errors())
-        reason = _short(self.errors()[-1]) if self.errors() else "TensorRT gave no reason"
         advice = "use --verbose for its whole log"
         if re.search(
             r"out of memory|OutOfMemory|insufficient.*memory|cudaError(MemoryAllocation)|bad_alloc", text, re.I
@@ -66,7 +69,20 @@ class BuildLog:
             advice = "allow more with --workspace MIB"
         elif re.search(r"cudaError|CUDA (initialization|error)|driver version", text, re.I):
             advice = "check the driver with 'matchanything doctor'"
-        return f"TensorRT cannot build {onnx.name} ({reason}): {advice}."
+        return f"TensorRT cannot build {onnx.name} ({self.last_error()}): {advice}."
+
+
+def trt_logger(trt: Any, log: BuildLog) -> Any:
+    """A logger for TensorRT's objects that writes to `log`. It must live as long as they do."""
+
+    class Logger(trt.ILogger):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            log.add(severity.name, message)
+
+    return Logger()
 
 
 def parser_sentence(onnx: Path, errors: list[Any], log: BuildLog) -> str:
@@ -75,8 +91,7 @@ def parser_sentence(onnx: Path, errors: list[Any], log: BuildLog) -> str:
     errors: the parser's ParserError objects.
     """
     if not errors:
-        reason = _short(log.errors()[-1]) if log.errors() else "no reason given"
-        return f"TensorRT cannot read {onnx} ({reason}): copy the bundle again or export it again."
+        return f"TensorRT cannot read {onnx} ({log.last_error()}): copy the bundle again or export it again."
     first = errors[0]
     operator, name = _operator(first, log), first.node_name() or f"number {first.node()}"
     advice = ADVICE.get(operator, DEFAULT_ADVICE)
