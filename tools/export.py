@@ -22,6 +22,7 @@ import matchanything_ros
 from matchanything_ros.bundle import Bundle, InputSpec, Manifest, Preprocess, WeightsInfo, load_bundle, sha256_of
 from matchanything_ros.errors import UserError
 from matchanything_ros.preprocess import prepare
+from matchanything_tools.arguments import parse_size
 from matchanything_tools.networks import FAMILIES
 from matchanything_tools.networks.attention import add_function_bodies
 
@@ -211,17 +212,6 @@ def run(args: argparse.Namespace) -> int:
     sizes = ", ".join(f"{spec.name} {_range(spec)}" for spec in item.inputs)
     print(f"wrote {bundle.onnx} ({bundle.onnx.stat().st_size / 1e6:.1f} MB; {sizes}; up to {item.max_matches} matches)")
     return 0
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Read HEIGHTxWIDTH, such as 480x640, as (height, width)."""
-    try:
-        height, width = (int(side) for side in text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not HEIGHTxWIDTH, such as 480x640") from None
-    if min(height, width) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' has a side below 1")
-    return height, width
 
 
 def weights_info(path: Path, licence: str, source: str = "") -> WeightsInfo:

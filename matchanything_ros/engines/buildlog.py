@@ -90,7 +90,7 @@ def parser_sentence(onnx: Path, errors: list[Any], log: BuildLog) -> str:
 
     errors: the parser's ParserError objects.
     """
-    if not errors:
+    if not errors or errors[0].node() < 0:  # not a node's fault: the file
         return f"TensorRT cannot read {onnx} ({log.last_error()}): copy the bundle again or export it again."
     first = errors[0]
     operator, name = _operator(first, log), first.node_name() or f"number {first.node()}"

@@ -27,6 +27,7 @@ class PlanManifest:
 
     gpu: the GPU's name, or None for a plan built ahead of time for `compute_capabilities`.
     device_memory: activations and scratch, as TensorRT states them. parity: see parity.py; None if it was not run.
+    forced: its user wants it run even if that failed. command: what it was built with.
     """
 
     bundle: str
@@ -45,6 +46,7 @@ class PlanManifest:
     size: int
     device_memory: int | None
     parity: dict[str, Any] | None = None
+    forced: bool = False
     command: str = ""
     warnings: tuple[str, ...] = field(default_factory=tuple)
     schema: int = SCHEMA
@@ -53,6 +55,9 @@ class PlanManifest:
     def bad(self) -> bool:
         """Whether its parity check failed."""
         return self.parity is not None and not self.parity.get("passed", False)
+
+    def replaced(self, **changes: Any) -> PlanManifest:
+        return dataclasses.replace(self, **changes)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
@@ -110,11 +115,8 @@ def rebuild_command(bundle: Bundle) -> str:
     return f"matchanything build {bundle.onnx}"
 
 
-def misfit(plan: Path, bundle: Bundle, flavour: Flavour, device: Device | None, force: bool = False) -> str | None:
-    """Why the plan must not be run for this bundle, with this TensorRT, on this GPU: one sentence, or None if it may.
-
-    force: take a plan that failed its parity check (but nothing else).
-    """
+def misfit(plan: Path, bundle: Bundle, flavour: Flavour, device: Device | None) -> str | None:
+    """Why the plan must not be run for this bundle with this TensorRT on this GPU: one sentence, or None if it may."""
     again = rebuild_command(bundle)
     try:
         found = read_manifest(plan, again)
@@ -154,7 +156,7 @@ def misfit(plan: Path, bundle: Bundle, flavour: Flavour, device: Device | None, 
         return (
             f"The plan {plan.name} is not the file that its manifest describes (truncated or replaced): run '{again}'."
         )
-    if found.bad and not force:
+    if found.bad and not found.forced:
         reason = (found.parity or {}).get("summary", "its result is wrong")
         return f"The plan {plan.name} failed its parity check ({reason}): run '{again}' or use another backend."
     return None
@@ -169,7 +171,7 @@ class Choice:
     reasons: dict[Path, str]
 
 
-def choose_plan(bundle: Bundle, available: list[Flavour], device: Device | None, force: bool = False) -> Choice:
+def choose_plan(bundle: Bundle, available: list[Flavour], device: Device | None) -> Choice:
     """Look at every plan beside the bundle with every TensorRT of this machine; the first fitting one is chosen."""
     reasons: dict[Path, str] = {}
     for plan in find_plans(bundle):
@@ -181,7 +183,7 @@ def choose_plan(bundle: Bundle, available: list[Flavour], device: Device | None,
         except UserError:
             wanted = ""
         flavour = next((entry for entry in available if entry.name == wanted), available[0])
-        reason = misfit(plan, bundle, flavour, device, force)
+        reason = misfit(plan, bundle, flavour, device)
         if reason is None:
             rest = {other: f"{plan.name} comes first." for other in find_plans(bundle) if other > plan}
             return Choice(plan, flavour, {**reasons, **rest})

@@ -56,6 +56,7 @@ class TensorRTEngine:
         self._again = rebuild_command(bundle)
         self._inputs: dict[str, _Tensor] = {}
         self._outputs: dict[str, _Tensor] = {}
+        self._memory = 0
         self._engine: Any = None
         self._context: Any = None
         self._preprocessor: GpuPreprocessor | None = None
@@ -70,6 +71,11 @@ class TensorRTEngine:
     def takes_images(self) -> bool:
         """Whether `run_images` can be used."""
         return self._preprocessor is not None
+
+    @property
+    def device_memory(self) -> int:
+        """Bytes of activations and scratch memory that TensorRT holds on the device."""
+        return self._memory
 
     def run(self, inputs: Mapping[str, npt.NDArray[np.float32]]) -> Arrays:
         """See Engine.run."""
@@ -108,6 +114,7 @@ class TensorRTEngine:
                 f"The GPU has no room to run {self.plan.name} ({self._log.last_error()}): "
                 "close other programs that use it, or build a plan with a smaller --max."
             )
+        self._memory = int(self._engine.device_memory_size_v2)
         self._allocate()
         try:
             self._preprocessor = GpuPreprocessor(self._worker)
