@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="of colours, as the weights were trained: none for MatchAnything, imagenet for RoMa, GIM and MINIMA",
     )
-    parser.add_argument("--no-dense", action="store_true", help="leave the outputs warp and cert out")
+    parser.add_argument("--no-dense", action="store_true", help="leave the outputs warp and cert out (fit has none)")
 
 
 def exportable(args: argparse.Namespace) -> Exportable:
@@ -95,16 +95,17 @@ def exportable(args: argparse.Namespace) -> Exportable:
             "RoMa needs the weights of its coarse encoder as well: give --dinov2 dinov2_vitl14_pretrain.pth "
             "(DINOv2 ViT-L/14, published by Meta)."
         )
+    dense = not args.no_dense and args.resize == "stretch"  # a padded map would need a way back of its own
     network = load(args.weights, args.dinov2, finest)
     network.bake(coarse, coarse, torch.float16 if args.precision == "fp16" else torch.float32)
     source, source_dinov2 = SOURCES[args.normalize]
     return Exportable(
         family="roma",
         variant=args.variant,
-        module=RomaMatcher(network, count, not args.no_dense, args.normalize == "imagenet"),
+        module=RomaMatcher(network, count, dense, args.normalize == "imagenet"),
         inputs=_inputs(coarse, upsample),
         preprocess=Preprocess(resize=args.resize, interpolation="bicubic_antialias"),
-        outputs=("keypoints0", "keypoints1", "scores", *(() if args.no_dense else ("warp", "cert"))),
+        outputs=("keypoints0", "keypoints1", "scores", *(("warp", "cert") if dense else ())),
         max_matches=count,
         score_threshold=selection.CERTAIN if args.score_threshold is None else args.score_threshold,
         weights=(

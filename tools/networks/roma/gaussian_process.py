@@ -26,15 +26,19 @@ class GaussianProcess(nn.Module):
         super().__init__()
         self.pos_conv = nn.Conv2d(2, WIDTH, 1)
 
+    def bake(self, height: int, width: int) -> None:
+        """Fix the size of the maps: the targets become a constant."""
+        self.fixed = nn.Parameter(self.targets(height, width).contiguous(), requires_grad=False)
+
     def targets(self, height: int, width: int) -> torch.Tensor:
         """Fourier features [1, height*width, 512] of the grid of y."""
         features = torch.cos(8 * math.pi * self.pos_conv(pixel_grid(height, width)))
         return features.flatten(2).transpose(1, 2)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        targets = self.fixed if hasattr(self, "fixed") else self.targets(height, width)
         covariance = kernel(y, y) + NOISE * torch.eye(y.shape[1])
-        solution = solve_spd(covariance, self.targets(height, width), NOISE, 1.0 + NOISE)
-        return kernel(x, y) @ solution
+        return kernel(x, y) @ solve_spd(covariance, targets, NOISE, 1.0 + NOISE)
 
 
 def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -69,6 +69,7 @@ class Roma(nn.Module):
         """
         fold_batch_norms(self)
         self.dinov2.bake(height, width).to(dtype)
+        self.decoder.gps["16"].bake(height // PATCH, width // PATCH)
         self.encoder.to(dtype)
         self.decoder.proj.to(dtype)
         self.decoder.embedding_decoder.blocks.to(dtype)
