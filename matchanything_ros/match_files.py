@@ -17,6 +17,7 @@ import numpy.typing as npt
 from matchanything_ros.engines import BACKENDS
 from matchanything_ros.errors import UserError
 from matchanything_ros.homography import HomographyEstimate, estimate_homography
+from matchanything_ros.images import Stretch, stretch_to_8_bits
 from matchanything_ros.matcher import Matcher, Matches
 from matchanything_ros.outputs import new_folder
 from matchanything_ros.viz import draw_dense, draw_matches, write_picture
@@ -93,10 +94,10 @@ def check_matcher_arguments(args: argparse.Namespace) -> None:
 
 
 def read_image(path: Path) -> Image:
-    """Read an image file as RGB or gray uint8, or gray float32 in [0, 1] for deeper files.
+    """Read an image file as uint8, RGB [H, W, 3] or gray [H, W]; pixels as stored, without rotation by EXIF.
 
-    16-bit and floating-point images (thermal, depth) are stretched from their 1st to their 99th percentile, as the
-    node does. Raises UserError with one sentence for everything that is not such an image.
+    16-bit and floating-point images (thermal, depth) are stretched to 8 bits as the node does. Raises UserError with
+    one sentence for everything that is not such an image.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: check the path.")
@@ -114,16 +115,10 @@ def read_image(path: Path) -> Image:
     if image.dtype.kind == "f" and not np.isfinite(image).all():
         raise UserError(f"{path} has pixels that are not finite (NaN or infinity): replace them before matching.")
     if image.dtype != np.uint8:
-        image = _stretch(image)
+        image = stretch_to_8_bits(image, Stretch())
     if image.ndim == 3:
         image = image[..., 0] if image.shape[2] < 3 else np.ascontiguousarray(image[..., 2::-1])
     return np.asarray(image)
-
-
-def _stretch(image: Image) -> npt.NDArray[np.float32]:
-    low, high = np.percentile(image, (1, 99))
-    scaled = (image.astype(np.float32) - np.float32(low)) / np.float32(max(high - low, 1e-12))
-    return np.asarray(np.clip(scaled, 0, 1), np.float32)
 
 
 def write_result(

@@ -16,7 +16,8 @@ from matchanything_ros.errors import UserError
 def new_folder(out: Path) -> Iterator[Path]:
     """Give a temporary folder beside `out`; when the block ends well its files move into `out`, else they are removed.
 
-    Files and folders of the same names in `out` are replaced, others stay. Raises UserError if `out` cannot be a folder.
+    Files and folders of the same names in `out` are replaced, others stay. Raises UserError if `out` cannot be
+    a folder.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: name a folder for the results.")

@@ -17,7 +17,7 @@ def sift(image0: npt.NDArray[Any], image1: npt.NDArray[Any], features: int = 200
     Matches are in the order of image 0's features (not sorted), scores are 1 - distance ratio.
     """
     size0, size1 = ((image.shape[1], image.shape[0]) for image in (image0, image1))
-    detector = cv2.SIFT_create(features)
+    detector = cv2.SIFT.create(features)
     (points0, descriptors0), (points1, descriptors1) = (
         detector.detectAndCompute(_gray(image), None) for image in (image0, image1)
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from matchanything_ros.homography import Status, estimate_homography, refine_hom
 from matchanything_ros.match_files import read_image
 from matchanything_ros.matcher import Matcher, Matches
 from matchanything_ros.outputs import new_folder
+from matchanything_ros.progress import Progress
 from matchanything_ros.viz import draw_matches, write_picture
 from matchanything_tools.accuracy import auc, corner_error, magsac, precision, roc, roc_area
 from matchanything_tools.baselines import sift
@@ -95,19 +95,18 @@ def run(args: argparse.Namespace) -> int:
 def evaluate(name: str, match: MatchFunction, pairs: Sequence[ImagePair], folder: Path | None = None) -> list[Record]:
     """Match all pairs; with a folder, draw each that fails (unsolved, or accepted without overlap) into it."""
     records = []
-    for index, pair in enumerate(pairs):
-        if sys.stderr.isatty():
-            print(f"\r{name}: {index + 1}/{len(pairs)} {pair.name:50.50s}", end="", file=sys.stderr, flush=True)
-        image0, image1 = (read_image(file) for file in pair.files)
-        matches = match(image0, image1)
-        record = judge(pair, matches)
-        records.append(record)
-        if folder is not None and failed(record):
-            failures = folder / "failures"
-            failures.mkdir(exist_ok=True)
-            write_picture(failures / f"{name}_{pair.name}.jpg", _failure(name, pair, record, image0, image1, matches))
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+    with Progress(len(pairs), name) as progress:
+        for index, pair in enumerate(pairs):
+            image0, image1 = (read_image(file) for file in pair.files)
+            matches = match(image0, image1)
+            record = judge(pair, matches)
+            records.append(record)
+            if folder is not None and failed(record):
+                failures = folder / "failures"
+                failures.mkdir(exist_ok=True)
+                picture = _failure(name, pair, record, image0, image1, matches)
+                write_picture(failures / f"{name}_{pair.name}.jpg", picture)
+            progress.update(index + 1, pair.name)
     return records
 
 
@@ -115,7 +114,7 @@ def judge(pair: ImagePair, matches: Matches) -> Record:
     """Estimate the homography in the three ways of Record and compare it with the truth."""
     points0, points1 = matches.keypoints0, matches.keypoints1
     estimate = estimate_homography(points0, points1, matches.size0, matches.size1)
-    common = {
+    common: dict[str, Any] = {
         "name": pair.name,
         "category": pair.category,
         "num_matches": len(matches),
@@ -176,7 +175,7 @@ def tables(methods: dict[str, list[Record]]) -> str:
     for method, records in methods.items():
         known = [record for record in records if record.precision is not None]
         medians = [
-            float(np.median([value for value in values])) if known else math.nan
+            float(np.median(values)) if known else math.nan
             for values in (
                 [record.num_matches for record in known],
                 [record.precision or 0.0 for record in known],
@@ -221,9 +220,8 @@ def _refusals(methods: dict[str, list[Record]]) -> list[str]:
         # Status.OK asks for more than significance (plausible geometry): count what is really handed out.
         accepted = [sum(record.status == Status.OK.name for record in group) for group in (solved, nothing)]
         strict = max((true for _, false, true in roc(yes, no) if false <= 0.01), default=math.nan)
-        lines.append(
-            f"| {method} | {len(yes)} | {len(no)} | {accepted[0]} and {accepted[1]} | {roc_area(yes, no):.4f} | {strict:.3f} |"
-        )
+        counts = f"{len(yes)} | {len(no)} | {accepted[0]} and {accepted[1]}"
+        lines.append(f"| {method} | {counts} | {roc_area(yes, no):.4f} | {strict:.3f} |")
         pairs = [record for record in nothing if record.category == "no overlap"]
         details += [
             f"- {method}, {record.name}: {record.num_inliers}/{record.num_matches} inliers, "
