@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from matchanything_ros.acceptance import match_significance, plausible
 from matchanything_ros.errors import UserError
 
 Points = npt.NDArray[np.float32]
@@ -22,7 +23,6 @@ Matrix = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 MIN_MATCHES = 8  # four fix a homography; as many again must agree with it before it says anything
-CELLS = 32  # grid of the significance test: matches in one cell of both images are one observation
 
 
 class Status(IntEnum):
@@ -70,7 +70,7 @@ def estimate_homography(
     """Estimate the homography of matches [N, 2] (pixels of the original images, (x, y)); deterministic.
 
     size0, size1: (width, height). threshold_px: largest reprojection error of an inlier, pixels of image 1.
-    min_significance: 6 would be one false alarm in a million pairs if keypoints were spread evenly; they cluster, and on
+    min_significance: 6 is one false alarm in a million pairs if keypoints were spread evenly; they cluster, and on
         unrelated images wrong estimates from unfiltered matches were seen up to that value (solved pairs: above 100).
     Raises UserError if the threshold is not a positive number or the points are not finite pairs.
     """
@@ -178,47 +178,6 @@ def refine_homography(
     return best
 
 
-def match_significance(
-    points0: npt.NDArray[np.float64],
-    points1: npt.NDArray[np.float64],
-    inliers: Mask,
-    size0: tuple[int, int],
-    size1: tuple[int, int],
-    threshold_px: float,
-) -> float:
-    """-log10 of the expected number of homographies that so many of these matches would fit by chance.
-
-    A-contrario: if the n points of image 1 lay anywhere in it, one would be within the threshold of its prediction with
-    p = pi t^2 / area, and NFA = (n - 4) C(n, k) C(k, 4) p^(k - 4). Neighbouring matches move together and are no
-    independent witnesses, so n and k count the pairs of cells (of a grid over both images) that matches and inliers
-    occupy, not the matches.
-    """
-    sizes = np.array([size0, size1], np.float64)
-    cells = np.concatenate([points0 / sizes[0], points1 / sizes[1]], axis=1)
-    ids = np.clip((cells * CELLS).astype(np.int64), 0, CELLS - 1)
-    n = _distinct(ids[:, :2], ids[:, 2:])
-    k = _distinct(ids[inliers, :2], ids[inliers, 2:])
-    if k <= 4:
-        return 0.0
-    p = min(math.pi * threshold_px**2 / (size1[0] * size1[1]) * _growth(n, len(points0)), 0.5)
-    log_nfa = math.log10(max(n - 4, 1)) + _log10_comb(n, k) + _log10_comb(k, 4) + (k - 4) * math.log10(p)
-    return -log_nfa
-
-
-def _growth(cells: int, matches: int) -> float:
-    """With several matches in a cell, the best of them counts: the chance of a cell grows with their number."""
-    return max(matches / max(cells, 1), 1.0)
-
-
-def _distinct(cells0: npt.NDArray[np.int64], cells1: npt.NDArray[np.int64]) -> int:
-    """Number of cells occupied, in the image where they are fewer: many-to-one matches do not add up."""
-    return min(len(np.unique(cells[:, 0] * CELLS + cells[:, 1])) for cells in (cells0, cells1))
-
-
-def _log10_comb(n: int, k: int) -> float:
-    return (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(10)
-
-
 def _judge(
     matrix: Matrix,
     points0: npt.NDArray[np.float64],
@@ -235,37 +194,6 @@ def _judge(
     if inliers.mean() < min_inlier_ratio:
         return Status.LOW_INLIER_RATIO
     return Status.OK if significance >= min_significance else Status.NOT_SIGNIFICANT
-
-
-def plausible(matrix: Matrix, support0: npt.NDArray[np.float64], support1: npt.NDArray[np.float64]) -> bool:
-    """Whether the matrix is a view of a plane, seen from its support (inliers [N, 2] in both images).
-
-    False for supports that are a line or a point in either image, for mirror images, for near-singular matrices, and
-    where the local scale on the support differs by more than a factor of 50 between directions or places.
-    """
-    for support in (support0, support1):
-        spread = np.linalg.svd(support - support.mean(0), compute_uv=False) / math.sqrt(len(support))
-        if spread[1] < 1.0 or spread[1] < 0.01 * spread[0]:  # under a pixel wide, or 100 times longer than wide
-            return False
-    homogeneous = support0 @ matrix[2, :2] + matrix[2, 2]
-    if not (np.all(homogeneous > 0) or np.all(homogeneous < 0)):
-        return False  # the horizon passes through the support
-    stretch = np.array([np.linalg.svd(_jacobian(matrix, point), compute_uv=False) for point in _corners(support0)])
-    turned = [np.linalg.det(_jacobian(matrix, point)) for point in _corners(support0)]
-    return bool(min(turned) > 0 and stretch.min() > 1e-3 and stretch.max() / stretch.min() < 50)
-
-
-def _corners(support: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The extreme points of the support along four directions, and its centre."""
-    directions = np.array([[1, 0], [0, 1], [1, 1], [1, -1]], np.float64)
-    along = support @ directions.T
-    picked = np.concatenate([along.argmin(0), along.argmax(0)])
-    return np.concatenate([support[picked], support.mean(0, keepdims=True)])
-
-
-def _jacobian(matrix: Matrix, point: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    u, v, w = matrix @ np.append(point, 1.0)
-    return (matrix[:2, :2] * w - np.outer([u, v], matrix[2, :2])) / (w * w)
 
 
 def _normaliser(points: npt.NDArray[np.float64]) -> Matrix:

@@ -5,15 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from matchanything_ros.acceptance import match_significance, plausible
 from matchanything_ros.errors import UserError
-from matchanything_ros.homography import (
-    Status,
-    estimate_homography,
-    match_significance,
-    plausible,
-    project,
-    refine_homography,
-)
+from matchanything_ros.homography import Status, estimate_homography, project, refine_homography
 
 SIZE = (640, 480)
 TRUE = np.array([[0.92, 0.11, 20.0], [-0.07, 1.05, -12.0], [1.5e-4, -8e-5, 1.0]])
