@@ -112,6 +112,8 @@ class BuildWithMessages(build_py):
             # pip builds in the source tree: a module that was deleted would live on in here.
             shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
+        if not self.editable_mode:  # for readers and writers of bags without ROS; an editable install finds msg/ itself
+            self.copy_tree("msg", str(Path(self.build_lib) / NAME / "interfaces"))
         if (reason := why_no_messages()) is not None:
             print(f"{NAME}: installed without ROS messages and node: {reason}", file=sys.stderr)
             self.distribution.data_files = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,28 +17,28 @@ from rosbags.highlevel import AnyReader
 from sensor_msgs.msg import Image
 
 from matchanything_ros.errors import UserError
+from matchanything_ros.messages import stamp_of
 from matchanything_ros.msg import Correspondences, Homography
 
+TYPES = {
+    Correspondences: "matchanything_ros/msg/Correspondences",
+    Homography: "matchanything_ros/msg/Homography",
+    DiagnosticArray: "diagnostic_msgs/msg/DiagnosticArray",
+}
 RELIABLE = QoSProfile(depth=50, reliability=ReliabilityPolicy.RELIABLE)
 
 
 @dataclass
 class Recording:
-    """What came from the node. messages: (topic, receive time [ns], serialised message), in order of arrival."""
+    """What came from the node. messages: (topic, type, time of receipt [ns], serialised), in order of arrival."""
 
-    messages: list[tuple[str, int, bytes]] = field(default_factory=list)
+    messages: list[tuple[str, type, int, bytes]] = field(default_factory=list)
     homographies: list[Homography] = field(default_factory=list)
-    correspondences: list[Correspondences] = field(default_factory=list)
     pictures: list[Image] = field(default_factory=list)
     diagnostics: DiagnosticArray | None = None
     latencies_ms: dict[int, float] = field(
         default_factory=dict
     )  # stamp of image 0 [ns] -> second image out to answer in
-
-
-def stamp_ns(message: Image | Homography | Correspondences) -> int:
-    """The stamp of image 0, in nanoseconds."""
-    return int(message.header.stamp.sec) * 10**9 + int(message.header.stamp.nanosec)
 
 
 class Player(Node):
@@ -63,15 +64,14 @@ class Player(Node):
         if kind is Image:
             record.pictures.append(message)  # kept as pictures, not in the mcap: 50 MB of drawings help nobody there
             return
-        record.messages.append((topic, time.time_ns(), raw))
+        record.messages.append((topic, kind, time.time_ns(), raw))
         if kind is DiagnosticArray:
             record.diagnostics = message
-        elif kind is Correspondences:
-            record.correspondences.append(message)
-        else:
+        elif kind is Homography:
             record.homographies.append(message)
-            if (sent := self._sent.get(stamp_ns(message))) is not None:
-                record.latencies_ms[stamp_ns(message)] = 1e3 * (now - sent)
+            stamp = stamp_of(message.header0)
+            if stamp in self._sent:
+                record.latencies_ms[stamp] = 1e3 * (now - self._sent[stamp])
 
     def spin_for(self, seconds: float) -> None:
         """Handle what arrives during this time."""
@@ -79,15 +79,15 @@ class Player(Node):
         while (left := end - time.perf_counter()) > 0:
             self._executor.spin_once(timeout_sec=left)
 
-    def wait_for_node(self, alive: object, timeout: float = 60.0) -> None:
-        """Until the node listens to both cameras and its outputs are connected. `alive()` is None while it runs."""
+    def wait_for_node(self, ended: Callable[[], int | None], timeout: float = 60.0) -> None:
+        """Until the node listens to both cameras and its outputs are there. `ended` is None as long as it runs."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:
             listening = all(camera.get_subscription_count() > 0 for camera in self._cameras.values())
             if listening and all(self.count_publishers(topic) > 0 for topic in self._topics[:2]):
                 self.spin_for(0.5)  # let the other direction of the discovery finish as well
                 return
-            if callable(alive) and alive() is not None:
+            if ended() is not None:
                 raise UserError("The node ended before it was ready: its log is above.")
             self.spin_for(0.1)
         raise UserError(f"The node did not listen to {' and '.join(self._cameras)} within {timeout:.0f} s.")
