@@ -56,7 +56,7 @@ def check_command_line(bin_folder: Path, out: Path) -> None:
 def installed_files(bin_folder: Path) -> set[str]:
     """All files of the installed package, relative to site-packages, as pip recorded them."""
     code = "import importlib.metadata as m; print(*m.files('matchanything_ros'), sep='\\n')"
-    return set(run(bin_folder / "python", "-c", code).stdout.split())
+    return set(run(bin_folder / "python", "-I", "-c", code).stdout.split())
 
 
 def source_files() -> set[str]:
@@ -70,7 +70,7 @@ def test_without_ros_everything_else_is_installed(build_env: Path, sdist: Path, 
     assert log.count("installed without ROS messages and node: no ROS 2 message generators here") >= 1
     files = installed_files(build_env)
     assert source_files() <= files
-    run(build_env / "python", "-c", "from matchanything_ros.bags import typestore; typestore()", cwd=tmp_path)
+    run(build_env / "python", "-I", "-c", "from matchanything_ros.bags import typestore; typestore()", cwd=tmp_path)
     assert not any(name.startswith("matchanything_ros/msg") or name.endswith(".so") for name in files)
     check_command_line(build_env, tmp_path)
     # The robot side never needs torch, and the offline commands say so in one sentence.
@@ -101,7 +101,7 @@ def test_with_ros_messages_node_and_share(sdist: Path, tmp_path: Path) -> None:
         "p = rclpy.create_node('n').create_publisher(Homography, 'h', 1); "
         "p.publish(Homography(status=Homography.DEGENERATE))"
     )
-    run(bin_folder / "python", "-c", code, ROS_AUTOMATIC_DISCOVERY_RANGE="LOCALHOST")
+    run(bin_folder / "python", "-I", "-c", code, ROS_AUTOMATIC_DISCOVERY_RANGE="LOCALHOST")
     prefix = "from ament_index_python.packages import get_package_prefix as p; print(p('matchanything_ros'))"
-    found = run(bin_folder / "python", "-c", prefix, AMENT_PREFIX_PATH=str(tmp_path / "venv")).stdout
+    found = run(bin_folder / "python", "-I", "-c", prefix, AMENT_PREFIX_PATH=str(tmp_path / "venv")).stdout
     assert found.strip() == str(tmp_path / "venv")
