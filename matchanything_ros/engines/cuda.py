@@ -13,6 +13,7 @@ import importlib
 import queue
 import re
 import threading
+import traceback
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -162,6 +163,8 @@ class CudaWorker:
                 try:
                     future.set_result(work())
                 except BaseException as error:  # belongs to the caller
+                    # Its traceback must not keep TensorRT's objects alive longer than the context.
+                    traceback.clear_frames(error.__traceback__)
                     future.set_exception(error)
                 del work, future, item  # what they hold must not outlive the context
         finally:

@@ -145,14 +145,14 @@ class GpuPreprocessor:
         stream = self._worker.stream
         self._rows.prepared_async_call(
             _grid(content[1], source_height), BLOCK, stream,
-            self._images[spec.image][1], source_height, source_width, channels, int(luma),
-            first_x, weights_x, taps_x, content[1], between,
+            int(self._images[spec.image][1]), source_height, source_width, channels, int(luma),
+            first_x, weights_x, taps_x, content[1], int(between),
         )  # fmt: skip
         pil = gray and preprocess.gray == "pil_l"
         self._columns.prepared_async_call(
             _grid(width, height), BLOCK, stream,
-            between, source_height, content[1], planes, first_y, weights_y, taps_y, content[0], int(pil),
-            1 if gray else 3, height, width, out,
+            int(between), source_height, content[1], planes, first_y, weights_y, taps_y, content[0], int(pil),
+            1 if gray else 3, height, width, int(out),
         )  # fmt: skip
 
     def _between_buffer(self, size: int) -> Any:
@@ -170,7 +170,7 @@ class GpuPreprocessor:
             for array in (axis.first, axis.weights):
                 buffer = self._worker.device_memory(array.nbytes)
                 self._worker.drv.memcpy_htod(buffer, array)
-                pair.append(buffer)
+                pair.append(int(buffer))
             result.append((*pair, axis.taps))
         return tuple(result)
 
