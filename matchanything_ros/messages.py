@@ -106,7 +106,7 @@ def _common(header0: Any, header1: Any, matches: Matches, bundle: Bundle) -> dic
 
 
 def _sequence(message_type: Any, values: npt.NDArray[Any], dtype: Any) -> Any:
-    """A flat array field. rclpy copies array.array at once, and any other type element by element (100 times slower)."""
+    """A flat array field. rclpy copies array.array at once, and all else element by element (100 times slower)."""
     flat = np.ascontiguousarray(values, dtype).reshape(-1)
     if hasattr(message_type, "get_fields_and_field_types"):
         return array.array(TYPECODES[flat.dtype], flat.tobytes())

@@ -1,0 +1,74 @@
+"""What the node reports about itself every second: rates, latencies by stage, drops by reason, and one sentence."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Mapping
+
+import numpy as np
+
+from matchanything_ros.homography import Status
+from matchanything_ros.pairing import Drop, Pairing
+
+WINDOW = 200  # pairs over which percentiles are taken
+
+
+class Statistics:
+    """Latencies and outcomes of the pairs that were matched; thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stages: dict[str, deque[float]] = {}
+        self._outcomes: Counter[str] = Counter()
+        self._failure = ""
+        self._before: tuple[float, tuple[int, ...]] | None = None
+
+    def record(self, timings_ms: Mapping[str, float], status: Status, failure: str = "") -> None:
+        """Add a pair: milliseconds by stage, its status, and the sentence that says why it could not be matched."""
+        with self._lock:
+            for stage, value in timings_ms.items():
+                self._stages.setdefault(stage, deque(maxlen=WINDOW)).append(value)
+            self._outcomes[status.name] += 1
+            self._failure = failure
+
+    @property
+    def failure(self) -> str:
+        """Why the last pair could not be matched; empty if it could."""
+        with self._lock:
+            return self._failure
+
+    @property
+    def published(self) -> int:
+        with self._lock:
+            return sum(self._outcomes.values())
+
+    def percentiles(self) -> dict[str, tuple[float, float]]:
+        """Median and 95th percentile of each stage over the last pairs, milliseconds."""
+        with self._lock:
+            return {
+                stage: (float(np.percentile(values, 50)), float(np.percentile(values, 95)))
+                for stage, values in self._stages.items()
+            }
+
+    def rates(self, now: float, received: list[int]) -> tuple[float, float, float] | None:
+        """Images of camera 0 and 1, and pairs answered, per second since the last call; None on the first one."""
+        counts = (*received, self.published)
+        before, self._before = self._before, (now, counts)
+        if before is None or now <= before[0]:
+            return None
+        first, second, third = ((count - old) / (now - before[0]) for count, old in zip(counts, before[1], strict=True))
+        return first, second, third
+
+    def values(self, pairing: Pairing) -> dict[str, str]:
+        """All counters as the key-value pairs of a diagnostic status."""
+        out = {f"pairs {name}": str(count) for name, count in sorted(self._outcomes.items())}
+        out["pairs published"] = str(self.published)
+        for camera in (0, 1):
+            out[f"image{camera} received"] = str(pairing.received[camera])
+            for reason in Drop:
+                out[f"image{camera} dropped {reason.value}"] = str(pairing.dropped[camera][reason])
+        out["clock jumps"] = str(pairing.clock_jumps)
+        for stage, (median, high) in self.percentiles().items():
+            out[f"{stage} p50 [ms]"], out[f"{stage} p95 [ms]"] = f"{median:.2f}", f"{high:.2f}"
+        return out
