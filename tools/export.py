@@ -37,6 +37,8 @@ class Exportable:
     module: in eval mode, takes the inputs in order (float32 [1, C, H, W] in [0, 1]) and returns the outputs in order,
         float32; everything that is to run in fp16 is cast inside. `reference` is the same network in fp32, if other.
     dynamic_shapes: as torch.export takes them, by input name; None where the shapes are fixed.
+    part: for a part of a network that is no matcher by itself (a detector): its example inputs by name. It is written
+        as plain ONNX, without manifest.
     """
 
     family: str
@@ -51,6 +53,7 @@ class Exportable:
     outputs: tuple[str, ...] = ("keypoints0", "keypoints1", "scores")
     stages: tuple[str, ...] = ()
     dynamic_shapes: dict[str, Any] | None = None
+    part: dict[str, torch.Tensor] | None = None
 
 
 class NetworkModule(Protocol):
@@ -116,6 +119,18 @@ def export(item: Exportable, out: Path, command: Sequence[str] = ()) -> Bundle:
     return load_bundle(out)
 
 
+def export_part(item: Exportable, out: Path) -> Path:
+    """Write a part of a network as plain ONNX."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    item.module.eval()
+    with tempfile.TemporaryDirectory(prefix=f".{out.stem}-", dir=out.parent) as folder:
+        path = Path(folder) / out.name
+        _write_onnx(item, path)
+        for file in sorted(path.parent.iterdir(), reverse=True):  # the data before what refers to it
+            os.replace(file, out.with_name(file.name))
+    return out
+
+
 def golden_pair(height: int = 240, width: int = 320) -> tuple[np.ndarray, np.ndarray]:
     """Two uint8 RGB images [H, W, 3] related by a known homography: soft discs of many sizes."""
     rng = np.random.Generator(np.random.PCG64(7))
@@ -149,15 +164,15 @@ def golden_result(item: Exportable) -> dict[str, np.ndarray]:
 
 def _write_onnx(item: Exportable, path: Path) -> None:
     channels = 3 if item.preprocess.channels == "rgb" else 1
-    example = tuple(torch.rand(1, channels, *spec.opt) for spec in item.inputs)
+    example = item.part or {spec.name: torch.rand(1, channels, *spec.opt) for spec in item.inputs}
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             item.module,
-            example,
+            tuple(example.values()),
             dynamo=True,
             opset_version=OPSET,
-            input_names=[spec.name for spec in item.inputs],
+            input_names=list(example),
             output_names=list(item.outputs),
             dynamic_shapes=item.dynamic_shapes,
             optimize=True,
@@ -208,6 +223,9 @@ def run(args: argparse.Namespace) -> int:
     item = network(args.family).exportable(args)
     command = ["matchanything", "export", args.family, *_spelled(args)]
     print(f"exporting {item.family}-{item.variant} ({item.precision}) ...", flush=True)
+    if item.part is not None:
+        print(f"wrote {export_part(item, args.out)}: {', '.join(item.part)} -> {', '.join(item.outputs)}; no manifest")
+        return 0
     bundle = export(item, args.out, command)
     sizes = ", ".join(f"{spec.name} {_range(spec)}" for spec in item.inputs)
     print(f"wrote {bundle.onnx} ({bundle.onnx.stat().st_size / 1e6:.1f} MB; {sizes}; up to {item.max_matches} matches)")

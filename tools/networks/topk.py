@@ -17,14 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PASS_LIMIT = 3840  # TensorRT's limit on K of one TopK
-TAKEN = -1e30  # finite: minus infinity times a zero mask would be NaN
+# Finite: minus infinity times a zero mask would be NaN.
+ABSENT = -1e20  # fills up what is too short; above TAKEN, so that it is preferred to taking a value twice
+TAKEN = -1e30
 
 
 def topk(values: Tensor, k: int, *, limit: int = PASS_LIMIT) -> tuple[Tensor, Tensor]:
     """The `k` largest along the last axis, best first, taking at most `limit` in one TopK.
 
     Args:
-        values: [..., N] with N >= k and every value above `TAKEN`.
+        values: [..., N] with N >= k and every value at least `ABSENT`.
         k: how many; fixed in the graph.
         limit: the largest K that one TopK may have.
 
@@ -51,21 +53,21 @@ def topk_blocks(values: Tensor, k: int, *, block: int, limit: int = PASS_LIMIT) 
     Worth it where N is much larger than k * block. N need not be a multiple of `block`, nor as large as k.
 
     Args:
-        values: [B, N], every value above `TAKEN`.
+        values: [B, N], every value above `ABSENT`.
         k: how many.
         block: how many neighbours make one block; sqrt(N / k) gives the least work.
 
     Returns:
-        values [B, k], indices [B, k] (int64). Where N < k the surplus has value `TAKEN` and index 0.
+        values [B, k], indices [B, k] (int64). Where N < k the surplus has value `ABSENT` and index 0.
     """
     batch, count = values.shape
     whole = max(math.ceil(count / block), k) * block if isinstance(count, int) else None
     surplus = (k + 1) * block - 1 if whole is None else whole - count  # a dynamic N may be 0: k whole blocks always
-    padded = F.pad(values, (0, surplus), value=TAKEN)
+    padded = F.pad(values, (0, surplus), value=ABSENT)
     blocks = padded.shape[1] // block
     table = padded[:, : blocks * block].reshape(batch, blocks, block)
     _, chosen = topk(table.amax(dim=2), k, limit=limit)
     candidates = table.gather(1, chosen.unsqueeze(2).expand(-1, -1, block)).reshape(batch, k * block)
     best, slot = topk(candidates, k, limit=limit)
     index = chosen.gather(1, slot // block) * block + slot % block
-    return best, torch.where(best > TAKEN, index, torch.zeros_like(index))
+    return best, torch.where(best > ABSENT, index, torch.zeros_like(index))

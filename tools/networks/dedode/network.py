@@ -1,0 +1,119 @@
+"""DeDoDe: a keypoint detector and a descriptor that are trained, and usable, apart (Edstedt et al., "DeDoDe: Detect,
+Don't Describe - Describe, Don't Detect for Local Feature Matching", 3DV 2024)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from matchanything_tools.networks.dedode.decoder import Decoder, resize
+from matchanything_tools.networks.dinov2 import PATCH, DinoV2
+from matchanything_tools.networks.sampling import sample, size_xy
+from matchanything_tools.networks.topk import topk_blocks
+from matchanything_tools.networks.vgg import VGG19
+
+DESCRIPTOR_LENGTH = 256
+# stride: (input, hidden, context) channels
+DETECTOR_L = {8: (512, 512, 256), 4: (512, 256, 128), 2: (256, 128, 64), 1: (128, 64, 1)}
+BASE = {8: (512, 512, 256), 4: (512, 256, 128), 2: (256, 64, 32), 1: (96, 32, 1)}
+GIANT = {14: (1024, 768, 512), **BASE, 8: (1024, 512, 256)}
+
+
+class Detector(nn.Module):
+    """Image -> logits of being a keypoint. `large`: the published detector L (416 keys); otherwise B (308)."""
+
+    def __init__(self, large: bool) -> None:
+        super().__init__()
+        self.large = large
+        self.encoder = VGG19()
+        self.decoder = Decoder(DETECTOR_L if large else BASE, 1, 8 if large else 5, "bicubic")
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalised image [B, 3, H, W] -> logits [B, 1, H, W] float32."""
+        total, finest = self.decoder(self.encoder(image))
+        prediction = self.decoder.finest()(finest)[0].float()
+        return prediction + resize(total, prediction, "bicubic")
+
+
+class DescriptorB(nn.Module):
+    """Image and keypoints -> descriptors (308 keys)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder: nn.Module = VGG19()
+        self.decoder = Decoder(BASE, DESCRIPTOR_LENGTH, 5, "bilinear")
+
+    def features(self, image: Tensor) -> dict[int, Tensor]:
+        """Normalised image [B, 3, H, W] -> features by stride."""
+        return self.encoder(image)
+
+    def forward(self, image: Tensor, keypoints: Tensor) -> Tensor:
+        """Normalised image [B, 3, H, W], keypoints [B, K, 2] at whole pixels -> descriptors [B, K, 256], not of unit
+        length.
+
+        The original computes all 256 channels at full resolution and reads K pixels of them. Its last steps are linear,
+        so reading first gives the same: the finest refiner's hidden channels at K pixels, then its output layer.
+        """
+        total, finest = self.decoder(self.features(image))
+        refiner = self.decoder.finest()
+        hidden = read(refiner.hidden(finest), keypoints)  # [B, K, hidden]
+        weight = refiner.out_conv.weight[:DESCRIPTOR_LENGTH, :, 0, 0]
+        assert refiner.out_conv.bias is not None
+        fine = F.linear(hidden, weight, refiner.out_conv.bias[:DESCRIPTOR_LENGTH]).float()
+        # Where a pixel's centre lies in the next coarser map; beyond the outermost centres that map is constant.
+        scale = size_xy(total) / size_xy(image)
+        position = (keypoints + 0.5) * scale - 0.5
+        position = torch.minimum(position.clamp(min=0), size_xy(total) - 1)
+        coarse = sample(total, position.unsqueeze(1))[:, :, 0].transpose(1, 2)
+        return fine + coarse
+
+
+class DescriptorG(DescriptorB):
+    """Descriptor B with DINOv2 features below (364 keys, and the 343 of DINOv2 from their own file)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleDict({"vgg": VGG19()})
+        self.decoder = Decoder(GIANT, DESCRIPTOR_LENGTH, 5, "bilinear")
+        self.dinov2: DinoV2 | None = None  # set after loading: its keys are not among this checkpoint's
+
+    def features(self, image: Tensor) -> dict[int, Tensor]:
+        assert self.dinov2 is not None and isinstance(self.encoder, nn.ModuleDict)
+        height, width = image.shape[2:]
+        tokens = self.dinov2(image)
+        coarse = tokens.transpose(1, 2).reshape(image.shape[0], -1, height // PATCH, width // PATCH)
+        return {14: coarse, **self.encoder["vgg"](image)}
+
+
+def detect(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best pixels after dividing by the root of the local density of keypoints.
+
+    logits [B, 1, H, W] -> keypoints [B, k, 2] (whole pixels), scores [B, k], best first (not probabilities).
+    """
+    height, width = logits.shape[2:]
+    probability = torch.softmax(logits[:, 0].flatten(1), dim=1).reshape(-1, height, width)
+    density = density_matrix(height, logits) @ ((probability + 1e-6) * 1e4) @ density_matrix(width, logits)
+    score = (probability * torch.rsqrt(density + 1e-8)).flatten(1)
+    # The least work is with blocks of sqrt(pixels / k); 8 is near that for the usual sizes and numbers.
+    scores, index = topk_blocks(score, k, block=8)
+    across = torch.full_like(index, width)
+    return torch.stack((index % across, index // across), dim=2).float(), scores.clamp(min=0)
+
+
+def density_matrix(size: int, like: Tensor) -> Tensor:
+    """[size, size] matrix that filters along one axis with the 51 taps exp(-t^2), t = -2 ... 2, zero outside.
+
+    One matrix product is faster on a GPU than a convolution of one channel with 51 taps, and a constant at fixed size.
+    """
+    place = torch.arange(size, device=like.device, dtype=torch.float32)
+    distance = (place[:, None] - place).abs()
+    return torch.exp(-((distance * 0.08) ** 2)) * (distance <= 25).float()
+
+
+def read(features: Tensor, keypoints: Tensor) -> Tensor:
+    """Features [B, C, H, W] at whole pixels [B, K, 2] -> [B, K, C]."""
+    batch, channels, _, width = features.shape
+    pixels = keypoints.to(torch.int64)
+    index = (pixels[..., 1] * width + pixels[..., 0]).unsqueeze(1).expand(-1, channels, -1)
+    return features.reshape(batch, channels, -1).gather(2, index).transpose(1, 2)
