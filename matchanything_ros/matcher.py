@@ -6,12 +6,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
 from matchanything_ros.bundle import Bundle, load_bundle
-from matchanything_ros.engines import Engine, open_engine
+from matchanything_ros.engines import Engine, ImageEngine, open_engine
 from matchanything_ros.errors import UserError
 from matchanything_ros.preprocess import Image, ToOriginal, check_image, prepare
 
@@ -79,12 +80,7 @@ class Matcher:
         check_image(image0, "image 0")
         check_image(image1, "image 1")
         start = time.perf_counter()
-        inputs: dict[str, Float] = {}
-        back: dict[str, ToOriginal] = {}
-        for spec in manifest.inputs:
-            inputs[spec.name], back[spec.name] = prepare((image0, image1)[spec.image], manifest.preprocess, spec)
-        prepared = time.perf_counter()
-        outputs = self.engine.run(inputs)
+        outputs, back, preprocess_ms = self._run((image0, image1), dense)
         ran = time.perf_counter()
         scores = outputs["scores"]
         # Best first, so that the rows to keep are a prefix; 0 marks padding whatever the threshold.
@@ -99,13 +95,25 @@ class Matcher:
             size0=(image0.shape[1], image0.shape[0]),
             size1=(image1.shape[1], image1.shape[0]),
             timings_ms={
-                "preprocess": 1e3 * (prepared - start),
-                "network": 1e3 * (ran - prepared),
+                "preprocess": preprocess_ms,
+                "network": 1e3 * (ran - start) - preprocess_ms,
                 "postprocess": 1e3 * (done - ran),
             },
             warp=np.array(outputs["warp"][0]) if dense else None,
             cert=np.array(outputs["cert"][0, 0]) if dense else None,
         )
+
+    def _run(self, images: tuple[Image, Image], dense: bool) -> tuple[dict[str, Float], dict[str, ToOriginal], float]:
+        """Outputs, for each input the map to its image's pixels, and the milliseconds of the preprocessing."""
+        if getattr(self.engine, "takes_images", False) and all(image.dtype == np.uint8 for image in images):
+            return cast(ImageEngine, self.engine).run_images(images, dense)
+        start = time.perf_counter()
+        inputs: dict[str, Float] = {}
+        back: dict[str, ToOriginal] = {}
+        for spec in self.bundle.manifest.inputs:
+            inputs[spec.name], back[spec.name] = prepare(images[spec.image], self.bundle.manifest.preprocess, spec)
+        preprocess_ms = 1e3 * (time.perf_counter() - start)
+        return self.engine.run(inputs), back, preprocess_ms
 
     def close(self) -> None:
         """Release the engine."""

@@ -12,47 +12,13 @@ import pytest
 import tensorrt_double
 from pycuda_double import PycudaDouble, WrongCall, compiled_kernels
 from tensorrt_double import TensorRTDouble, plan_bytes
-from tiny_bundle import LARGEST, MATCHES, SIZE, SMALLEST, expected, write_bundle
+from tensorrt_machine import Machine
+from tiny_bundle import LARGEST, MATCHES, SIZE, SMALLEST, expected
 
 from matchanything_ros.engines.cuda import CudaFailure, CudaWorker, explain
-from matchanything_ros.engines.flavour import Flavour
 from matchanything_ros.engines.parity import check_parity
-from matchanything_ros.engines.tensorrt import TensorRTEngine
 from matchanything_ros.errors import UserError
 from matchanything_ros.preprocess import prepare
-
-
-class Machine:
-    """A machine with the doubles in it, and a bundle with a plan."""
-
-    def __init__(self, folder: Path, dynamic: bool = False, **settings: Any) -> None:
-        self.cuda = PycudaDouble()
-        self.trt = TensorRTDouble(self._enqueue, self.cuda.check)
-        self.bundle = write_bundle(folder, dynamic=dynamic, **settings)
-        channels = 1 if settings.get("channels") == "gray" else 3
-        sizes = (SMALLEST, SIZE, LARGEST) if dynamic else (SIZE, SIZE, SIZE)
-        shapes = tuple((1, channels, *size) for size in sizes)
-        self.plan = folder / "tiny.gpu.plan"
-        outputs = {"keypoints0": (MATCHES, 2), "keypoints1": (MATCHES, 2), "scores": (MATCHES,)}
-        self.plan.write_bytes(plan_bytes({"image0": shapes, "image1": shapes}, outputs))
-
-    def open(self) -> TensorRTEngine:
-        return TensorRTEngine(self.bundle, self.plan, Flavour("tensorrt", "10.3.0", self.trt), drv=self.cuda)
-
-    def _enqueue(self, inputs: Any, outputs: Any, stream: int) -> None:
-        def work() -> None:
-            arrays = {}
-            for name, (address, shape) in inputs.items():
-                arrays[name] = self.cuda.find(address, 4 * int(np.prod(shape))).view(np.float32).reshape(shape)
-            for name, value in expected(arrays["image0"], arrays["image1"]).items():
-                address, shape = outputs[name]
-                self.cuda.find(address, 4 * int(np.prod(shape)))[:] = (
-                    value.astype(np.float32).view(np.uint8).reshape(-1)
-                )
-
-        if stream not in self.cuda.streams:
-            raise WrongCall("not a stream")
-        self.cuda.streams[stream].work.append(work)
 
 
 @pytest.fixture(params=[False, True], ids=["fixed", "dynamic"])
@@ -264,13 +230,13 @@ class TestImages:
         rng = np.random.Generator(np.random.PCG64(5))
         for shapes in (((60, 80, 3), (33, 71)), ((200, 150), (64, 48, 3)), ((40, 40, 3), (300, 310, 3))):
             images = tuple(rng.integers(0, 256, shape, np.uint8) for shape in shapes)
-            outputs, back, timings = engine.run_images((images[0], images[1]))
+            outputs, back, milliseconds = engine.run_images((images[0], images[1]))
             inputs = {}
             for spec in machine.bundle.manifest.inputs:
                 inputs[spec.name], wanted = prepare(images[spec.image], machine.bundle.manifest.preprocess, spec)
                 assert back[spec.name] == wanted
             assert_same(outputs, inputs, 2e-3)
-            assert set(timings) == {"preprocess", "network"}
+            assert milliseconds > 0
         engine.close()
         assert machine.cuda.memory == [] and machine.cuda.page_locked == []
 

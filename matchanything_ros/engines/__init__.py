@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from matchanything_ros.bundle import Bundle
 from matchanything_ros.errors import UserError
+from matchanything_ros.preprocess import Image, ToOriginal
 
 BACKENDS = ("auto", "tensorrt", "onnxruntime", "onnxruntime-cuda", "onnxruntime-cpu")
 
@@ -32,16 +33,38 @@ class Engine(Protocol):
         ...
 
 
+class ImageEngine(Engine, Protocol):
+    """An engine that also prepares images, on the GPU."""
+
+    @property
+    def takes_images(self) -> bool: ...
+
+    def run_images(
+        self, images: tuple[Image, Image], dense: bool = True
+    ) -> tuple[dict[str, npt.NDArray[np.float32]], dict[str, ToOriginal], float]:
+        """Prepare two uint8 images, gray [H, W] or RGB [H, W, 3], and run the network on them.
+
+        Returns the outputs (without the dense ones unless `dense`), for each input the map from its pixels to the
+        image's, and the milliseconds that the preparation took.
+        """
+        ...
+
+
 def open_engine(bundle: Bundle, backend: str = "auto") -> Engine:
     """Open a bundle with a backend of BACKENDS.
 
-    "auto" takes ONNX Runtime, on CUDA where its build and the machine have it. "onnxruntime" does the same and
-    "onnxruntime-cuda" insists. Raises UserError when the backend is not there or refuses the network.
+    "auto" takes TensorRT where a plan beside the bundle fits this machine, else ONNX Runtime, on CUDA where its build
+    and the machine have it. "onnxruntime" leaves TensorRT out, "onnxruntime-cuda" and "tensorrt" insist.
+    Raises UserError when the backend is not there or refuses the network.
     """
     if backend not in BACKENDS:
         raise UserError(f"There is no backend '{backend}': use one of {', '.join(BACKENDS)}.")
-    if backend == "tensorrt":
-        raise UserError("This version has no TensorRT engine yet: use the backend onnxruntime.")
+    if backend in ("auto", "tensorrt"):
+        from matchanything_ros.engines.open_plan import open_plan, open_plan_if_fitting
+
+        engine = open_plan(bundle) if backend == "tensorrt" else open_plan_if_fitting(bundle)
+        if engine is not None:
+            return engine
     from matchanything_ros.engines.onnxruntime import OnnxRuntimeEngine
 
     device = {"onnxruntime-cuda": "cuda", "onnxruntime-cpu": "cpu"}.get(backend, "auto")

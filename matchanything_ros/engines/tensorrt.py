@@ -39,7 +39,7 @@ class _Tensor:
 
 
 class TensorRTEngine:
-    """Runs a plan. See engines.Engine; `run_images` besides takes 8-bit images and prepares them on the GPU.
+    """Runs a plan. See engines.Engine and engines.ImageEngine: it prepares images on the GPU.
 
     plan: a file that `plan.misfit` has found to fit. drv: pycuda.driver or its double. Raises UserError: pycuda is
     missing, the plan cannot be loaded, or (CudaFailure) the GPU has no memory for it.
@@ -60,6 +60,7 @@ class TensorRTEngine:
         self._engine: Any = None
         self._context: Any = None
         self._preprocessor: GpuPreprocessor | None = None
+        self._events: tuple[Any, ...] = ()
         self._worker = CudaWorker(drv=drv)
         try:
             self._worker.call(self._open, f"loading {plan.name}")
@@ -83,12 +84,8 @@ class TensorRTEngine:
 
     def run_images(
         self, images: tuple[Image, Image], dense: bool = True
-    ) -> tuple[Arrays, dict[str, ToOriginal], dict[str, float]]:
-        """Prepare two uint8 images, gray [H, W] or RGB [H, W, 3], on the GPU and run.
-
-        Returns the outputs (without the dense ones unless `dense`), for each input the map from its pixels to the
-        image's, and the milliseconds on the GPU of "preprocess" (upload included) and "network" (download included).
-        """
+    ) -> tuple[Arrays, dict[str, ToOriginal], float]:
+        """See ImageEngine.run_images; only if `takes_images`."""
         return self._worker.call(lambda: self._run_images(images, dense), "preparing images and running the network")
 
     def close(self) -> None:
@@ -118,6 +115,7 @@ class TensorRTEngine:
         self._allocate()
         try:
             self._preprocessor = GpuPreprocessor(self._worker)
+            self._events = (self._worker.drv.Event(), self._worker.drv.Event())
         except Exception as error:  # a driver that refuses the kernels must not cost the network
             self.fallback = f"the preprocessing kernels cannot be loaded ({str(error).splitlines()[0][:120]})"
 
@@ -173,27 +171,23 @@ class TensorRTEngine:
         self._worker.stream.synchronize()
         return self._results(dense=True)
 
-    def _run_images(
-        self, images: tuple[Image, Image], dense: bool
-    ) -> tuple[Arrays, dict[str, ToOriginal], dict[str, float]]:
+    def _run_images(self, images: tuple[Image, Image], dense: bool) -> tuple[Arrays, dict[str, ToOriginal], float]:
         assert self._preprocessor is not None, "see takes_images"
-        events = [self._worker.drv.Event() for _ in range(3)]
+        stream, manifest = self._worker.stream, self.bundle.manifest
+        start, prepared = self._events
         back: dict[str, ToOriginal] = {}
-        events[0].record(self._worker.stream)
+        start.record(stream)
         for index, image in enumerate(images):
             self._preprocessor.upload(index, image)
-        manifest = self.bundle.manifest
         for spec in manifest.inputs:
             tensor = self._inputs[spec.name]
             size, back[spec.name] = self._preprocessor.size(images[spec.image], manifest.preprocess, spec)
             self._set_shape(tensor, (*tensor.largest[:2], *size))  # refuses before anything is written past the end
             self._preprocessor.fill(images[spec.image], manifest.preprocess, spec, tensor.device)
-        events[1].record(self._worker.stream)
+        prepared.record(stream)
         self._execute(dense)
-        events[2].record(self._worker.stream)
-        self._worker.stream.synchronize()
-        timings = {"preprocess": events[0].time_till(events[1]), "network": events[1].time_till(events[2])}
-        return self._results(dense), back, timings
+        stream.synchronize()
+        return self._results(dense), back, float(start.time_till(prepared))
 
     def _execute(self, dense: bool) -> None:
         if not self._context.execute_async_v3(self._worker.stream.handle):
@@ -214,7 +208,7 @@ class TensorRTEngine:
 
     def _release(self) -> None:
         # TensorRT's objects free device memory as they go: they go before the context does.
-        self._preprocessor = None
+        self._preprocessor, self._events = None, ()
         self._context = None
         self._engine = None
         self._inputs.clear()

@@ -1,0 +1,47 @@
+"""A machine with a GPU and TensorRT, all doubles, and a tiny bundle with a plan on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycuda_double import PycudaDouble, WrongCall
+from tensorrt_double import TensorRTDouble, plan_bytes
+from tiny_bundle import LARGEST, MATCHES, SIZE, SMALLEST, expected, write_bundle
+
+from matchanything_ros.engines.flavour import Flavour
+from matchanything_ros.engines.tensorrt import TensorRTEngine
+
+
+class Machine:
+    """A machine with the doubles in it, and a bundle with a plan."""
+
+    def __init__(self, folder: Path, dynamic: bool = False, **settings: Any) -> None:
+        self.cuda = PycudaDouble()
+        self.trt = TensorRTDouble(self._enqueue, self.cuda.check)
+        self.bundle = write_bundle(folder, dynamic=dynamic, **settings)
+        channels = 1 if settings.get("channels") == "gray" else 3
+        sizes = (SMALLEST, SIZE, LARGEST) if dynamic else (SIZE, SIZE, SIZE)
+        shapes = tuple((1, channels, *size) for size in sizes)
+        self.plan = folder / "tiny.gpu.plan"
+        outputs = {"keypoints0": (MATCHES, 2), "keypoints1": (MATCHES, 2), "scores": (MATCHES,)}
+        self.plan.write_bytes(plan_bytes({"image0": shapes, "image1": shapes}, outputs))
+
+    def open(self) -> TensorRTEngine:
+        return TensorRTEngine(self.bundle, self.plan, Flavour("tensorrt", "10.3.0", self.trt), drv=self.cuda)
+
+    def _enqueue(self, inputs: Any, outputs: Any, stream: int) -> None:
+        def work() -> None:
+            arrays = {}
+            for name, (address, shape) in inputs.items():
+                arrays[name] = self.cuda.find(address, 4 * int(np.prod(shape))).view(np.float32).reshape(shape)
+            for name, value in expected(arrays["image0"], arrays["image1"]).items():
+                address, shape = outputs[name]
+                self.cuda.find(address, 4 * int(np.prod(shape)))[:] = (
+                    value.astype(np.float32).view(np.uint8).reshape(-1)
+                )
+
+        if stream not in self.cuda.streams:
+            raise WrongCall("not a stream")
+        self.cuda.streams[stream].work.append(work)

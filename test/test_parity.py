@@ -1,0 +1,105 @@
+"""The comparison with the golden result passes rounding and refuses what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_bundle import write_bundle
+
+from matchanything_ros.engines import open_engine
+from matchanything_ros.engines.parity import check_parity, compare, load_golden
+from matchanything_ros.errors import UserError
+
+RNG = np.random.Generator(np.random.PCG64(11))
+COUNT = 200
+
+
+def golden() -> dict[str, np.ndarray]:
+    rng = np.random.Generator(np.random.PCG64(1))
+    points = rng.uniform(0, 400, (COUNT, 4)).astype(np.float32)
+    scores = np.sort(rng.uniform(0.2, 1, COUNT).astype(np.float32))[::-1].copy()
+    scores[150:] = 0  # padding, whose keypoints mean nothing
+    return {"keypoints0": points[:, :2].copy(), "keypoints1": points[:, 2:].copy(), "scores": scores}
+
+
+def changed(**arrays: np.ndarray) -> dict[str, np.ndarray]:
+    return {**golden(), **arrays}
+
+
+def test_itself_reordered_and_with_other_padding_passes() -> None:
+    result = golden()
+    order = np.concatenate([RNG.permutation(150), 150 + RNG.permutation(50)])
+    outputs = {name: value[order].copy() for name, value in result.items()}
+    outputs["keypoints0"][150:] = 12345
+    parity = compare(result, outputs, 0.1, "fp32")
+    assert parity.passed and parity.expected == parity.matches == 150 and parity.median_px == 0
+
+
+def test_rounding_passes_and_a_shift_does_not() -> None:
+    result = golden()
+    noise = RNG.normal(0, 0.02, (COUNT, 2)).astype(np.float32)
+    assert compare(result, changed(keypoints1=result["keypoints1"] + noise), 0.1, "fp32").passed
+    shifted = compare(result, changed(keypoints1=result["keypoints1"] + np.float32(0.5)), 0.1, "fp32")
+    assert not shifted.passed and "px off" in shifted.summary, "half a pixel is the commonest mistake of all"
+    assert not compare(result, changed(keypoints1=result["keypoints1"] + np.float32(0.5)), 0.1, "fp16").passed
+
+
+def test_swapped_missing_and_invented_matches_do_not_pass() -> None:
+    result = golden()
+    swapped = changed(keypoints0=result["keypoints1"], keypoints1=result["keypoints0"])
+    assert not compare(result, swapped, 0.1, "fp16").passed
+    fewer = changed(scores=np.where(np.arange(COUNT) < 100, result["scores"], 0))
+    assert not compare(result, fewer, 0.1, "fp16").passed
+    none = compare(result, changed(scores=np.zeros(COUNT, np.float32)), 0.1, "fp16")
+    assert not none.passed and none.found == 0
+    invented = changed(scores=np.full(COUNT, 0.9, np.float32), keypoints0=result["keypoints0"].copy())
+    invented["keypoints0"][150:] = 0.5
+    assert not compare(result, invented, 0.1, "fp32").passed
+    assert not compare(changed(scores=np.zeros(COUNT, np.float32)), golden(), 0.1, "fp32").passed
+
+
+def test_matches_at_the_threshold_may_come_and_go_in_fp16() -> None:
+    result = golden()
+    fewer = changed(scores=np.where(np.arange(COUNT) < 132, result["scores"], 0))  # 88 %
+    assert compare(result, fewer, 0.1, "fp16").passed and not compare(result, fewer, 0.1, "fp32").passed
+
+
+def test_nan_does_not_pass() -> None:
+    outputs = golden()
+    outputs["keypoints1"][190] = np.nan  # padding, yet a sign of something wrong
+    parity = compare(golden(), outputs, 0.1, "fp16")
+    assert not parity.passed and "finite" in parity.summary
+
+
+def test_a_dense_warp_decides_where_there_is_one() -> None:
+    y, x = np.mgrid[-1:1:64j, -1:1:96j].astype(np.float32)
+    warp = np.stack([x, y, x * 0.9, y * 0.9])[None]
+    cert = np.ones((1, 1, 64, 96), np.float32)
+    thin = {"warp": warp[..., ::4, ::4].astype(np.float16), "cert": cert[..., ::4, ::4].astype(np.float16)}
+    result = {**golden(), **thin}
+    other = changed(keypoints0=golden()["keypoints0"] + 50)  # other matches of the same warp
+    same = compare(result, {**other, "warp": warp, "cert": cert}, 0.1, "fp16")
+    assert same.passed and same.warp_px is not None and same.warp_px < 0.05
+    moved = warp.copy()
+    moved[:, 2] += 2 * 3 / 96  # three pixels
+    off = compare(result, {**other, "warp": moved, "cert": cert}, 0.1, "fp16")
+    assert not off.passed and off.warp_px == pytest.approx(3, abs=0.05)
+
+
+def test_any_engine_can_be_asked(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path)
+    engine = open_engine(bundle, "onnxruntime-cpu")
+    assert check_parity(engine).passed
+    engine.close()
+
+
+def test_another_golden_result_is_refused(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path)
+    bundle.golden.write_bytes(b"other")
+    with pytest.raises(UserError, match="is not the golden result"):
+        load_golden(bundle)
+    bundle.golden.unlink()
+    with pytest.raises(UserError, match="is missing"):
+        load_golden(bundle)

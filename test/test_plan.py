@@ -1,0 +1,236 @@
+"""Plans: whatever does not fit is refused with one sentence and the command that rebuilds it; what fits is used."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tensorrt_machine import Machine
+from tiny_bundle import SIZE, write_bundle
+
+from matchanything_ros.bundle import Bundle, sha256_of
+from matchanything_ros.engines import open_engine, open_plan
+from matchanything_ros.engines.device import Device
+from matchanything_ros.engines.flavour import Flavour, flavours, load_flavour, refusal
+from matchanything_ros.engines.plan import (
+    PlanManifest,
+    choose_plan,
+    find_plans,
+    manifest_path,
+    misfit,
+    plan_path,
+    plan_tag,
+    read_manifest,
+)
+from matchanything_ros.errors import UserError
+from matchanything_ros.matcher import Matcher
+
+ORIN = Device("Orin", "8.7", "12.6", "540.4.0")
+TRT = Flavour("tensorrt", "10.3.0", None)
+GOOD = {"passed": True, "summary": "100% of 12 matches found again, median 0.000 px"}
+
+
+def write_plan(bundle: Bundle, tag: str = "orin", content: bytes = b"plan", **changes: Any) -> Path:
+    plan = plan_path(bundle, tag)
+    plan.write_bytes(content)
+    made = PlanManifest(
+        bundle=bundle.manifest.name,
+        onnx_sha256=bundle.manifest.onnx_sha256,
+        data_sha256=None,
+        plan_sha256=sha256_of(plan),
+        flavour="tensorrt",
+        version="10.3.0",
+        gpu="Orin",
+        compute_capabilities=("8.7",),
+        cuda="12.6",
+        driver="540.4.0",
+        precision="fp32",
+        profile={f"image{i}": (SIZE, SIZE, SIZE) for i in (0, 1)},
+        build_seconds=1.0,
+        size=len(content),
+        device_memory=1000,
+        parity=GOOD,
+    )
+    manifest_path(plan).write_text(made.replaced(**changes).to_json())
+    return plan
+
+
+def test_what_is_written_is_read_and_fits(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path)
+    plan = write_plan(bundle)
+    assert misfit(plan, bundle, TRT, ORIN) is None
+    made = read_manifest(plan)
+    assert made.profile == {f"image{i}": (SIZE, SIZE, SIZE) for i in (0, 1)} and made.compute_capabilities == ("8.7",)
+    assert made.to_json() == manifest_path(plan).read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"onnx_sha256": "f" * 64}, "from the network ffffffffffff and this is "),
+        ({"data_sha256": "f" * 64}, "from other weights"),
+        ({"flavour": "tensorrt_rtx"}, "with TensorRT-RTX and this is TensorRT 10.3.0"),
+        ({"version": "10.2.0"}, "with TensorRT 10.2.0 and this is 10.3.0"),
+        ({"compute_capabilities": ("8.6",)}, "for compute capability 8.6 and this is Orin with 8.7"),
+        ({"gpu": "Orin Nano"}, "for the GPU Orin Nano and this is Orin"),
+        ({"cuda": "13.0"}, "driver for CUDA 13.0 and this is 12.6, which is older"),
+        ({"precision": "fp16"}, "in fp16 and this is fp32"),
+        ({"profile": {"image0": (SIZE, SIZE, SIZE)}}, "for the inputs image0 and the bundle has image0, image1"),
+        ({"profile": {f"image{i}": ((16, 16), SIZE, SIZE) for i in (0, 1)}}, "outside the bundle's sizes"),
+        ({"plan_sha256": "0" * 64}, "is not the file that its manifest describes"),
+        ({"size": 3}, "is not the file that its manifest describes"),
+        (
+            {"parity": {"passed": False, "summary": "matches are 0.50 px off"}},
+            r"parity check \(matches are 0.50 px off\)",
+        ),
+        ({"schema": 99}, "has schema 99 and this version reads 1"),
+    ],
+)
+def test_every_mismatch_is_one_sentence_and_the_command(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    bundle = write_bundle(tmp_path)
+    reason = misfit(write_plan(bundle, **changes), bundle, TRT, ORIN)
+    assert reason is not None and "\n" not in reason
+    assert re.search(sentence, reason), reason
+    assert f"run 'matchanything build {bundle.onnx}'" in reason
+
+
+def test_a_newer_driver_and_a_narrower_profile_fit(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path, dynamic=True)
+    plan = write_plan(bundle, profile={f"image{i}": ((48, 48), SIZE, (64, 64)) for i in (0, 1)})
+    assert misfit(plan, bundle, TRT, Device("Orin", "8.7", "13.0")) is None
+
+
+def test_a_forced_plan_is_used_although_its_parity_failed_and_nothing_else_is_forgiven(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path)
+    bad = {"passed": False, "summary": "x"}
+    assert misfit(write_plan(bundle, parity=bad, forced=True), bundle, TRT, ORIN) is None
+    assert misfit(write_plan(bundle, parity=bad, forced=True, version="9.9"), bundle, TRT, ORIN) is not None
+
+
+def test_no_gpu_no_manifest_broken_manifest(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path)
+    plan = write_plan(bundle)
+    assert "this machine shows none" in str(misfit(plan, bundle, TRT, None))
+    text = manifest_path(plan).read_text()
+    for broken in (text[:100], "[]", json.dumps({**json.loads(text), "profile": 3}), text.replace("size", "sise")):
+        manifest_path(plan).write_text(broken)
+        assert "cannot be read" in str(misfit(plan, bundle, TRT, ORIN))
+    manifest_path(plan).unlink()
+    assert "has no manifest" in str(misfit(plan, bundle, TRT, ORIN))
+
+
+def test_the_fitting_one_among_many_is_chosen_and_the_others_explained(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path)
+    old = write_plan(bundle, "a", version="10.2.0")
+    rtx = write_plan(bundle, "b-rtx", flavour="tensorrt_rtx")
+    right = write_plan(bundle, "c")
+    (tmp_path / "tiny2.x.plan").write_bytes(b"another bundle's")
+    choice = choose_plan(bundle, [TRT], ORIN)
+    assert choice.plan == right and choice.flavour == TRT and set(choice.reasons) == {old, rtx}
+    assert choose_plan(bundle, [], ORIN).plan is None
+    assert find_plans(bundle) == [old, rtx, right]
+
+
+def test_names_tell_devices_and_flavours_apart() -> None:
+    card = Device("NVIDIA GeForce RTX 3080", "8.6", "13.0")
+    assert plan_tag("tensorrt", card) == "nvidia-geforce-rtx-3080"
+    assert plan_tag("tensorrt_rtx", card) == "nvidia-geforce-rtx-3080-rtx"
+    assert plan_tag("tensorrt_rtx", None, ("sm_86", "sm_120")) == "sm_86-sm_120-rtx"
+
+
+def test_old_and_placeholder_tensorrt_are_refused_with_the_reason() -> None:
+    assert "too old: strongly typed networks" in str(refusal("tensorrt", "8.6.1"))
+    assert "placeholder" in str(refusal("tensorrt", ""))
+    assert (
+        refusal("tensorrt", "10.3.0")
+        is refusal("tensorrt", "11.4.0.106")
+        is refusal("tensorrt_rtx", "1.7.1.116")
+        is None
+    )
+
+
+def test_no_tensorrt_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("matchanything_ros.engines.flavour.MODULES", {"tensorrt": ("no_such_module",)})
+    assert flavours() == ([], [])
+    with pytest.raises(UserError, match="JetPack"):
+        load_flavour()
+    with pytest.raises(UserError, match="Only TensorRT-RTX builds for a GPU that is not in this machine"):
+        load_flavour(for_target=True)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A machine with doubles of TensorRT, pycuda and the driver, and a plan of unknown parity."""
+    machine = Machine(tmp_path)
+    flavour = Flavour("tensorrt", "10.3.0", machine.trt)
+    monkeypatch.setattr(open_plan, "flavours", lambda: ([flavour], []))
+    monkeypatch.setattr(open_plan, "current_device", lambda: ORIN)
+    monkeypatch.setattr("matchanything_ros.engines.cuda.import_pycuda", lambda: machine.cuda)
+    content = machine.plan.read_bytes()
+    machine.plan.unlink()
+    write_plan(machine.bundle, content=content, parity=None)
+    return machine
+
+
+def test_auto_uses_a_fitting_plan_and_the_matcher_gives_the_same_as_onnx_runtime(machine: Machine) -> None:
+    rng = np.random.Generator(np.random.PCG64(2))
+    images = [rng.integers(0, 256, shape, np.uint8) for shape in ((70, 90, 3), (50, 60))]
+    with Matcher(machine.bundle) as matcher, Matcher(machine.bundle, "onnxruntime-cpu") as other:
+        assert matcher.engine.backend == "tensorrt"
+        here, there = matcher.match(*images), other.match(*images)
+        as_float = matcher.match(*(image.astype(np.float32) / np.float32(255) for image in images))
+    for result in (here, as_float):
+        np.testing.assert_allclose(result.keypoints0, there.keypoints0, atol=1e-3)
+        np.testing.assert_allclose(result.keypoints1, there.keypoints1, atol=1e-3)
+    assert set(here.timings_ms) == set(there.timings_ms)
+    assert machine.cuda.retained == 0 and machine.cuda.memory == []
+
+
+def test_a_plan_built_elsewhere_is_checked_once_at_first_use(machine: Machine) -> None:
+    (plan,) = find_plans(machine.bundle)
+    open_engine(machine.bundle, "tensorrt").close()
+    parity = read_manifest(plan).parity
+    assert parity is not None and parity["passed"] and parity["expected"] == 12
+    machine.cuda.calls.clear()
+    open_engine(machine.bundle, "tensorrt").close()
+    assert "synchronize" not in machine.cuda.calls, "not run again"
+
+
+def test_a_plan_that_fails_its_first_check_is_never_used_again(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (plan,) = find_plans(machine.bundle)
+    monkeypatch.setattr(machine, "_enqueue", lambda *_: None)
+    machine.trt.enqueue = lambda *_: None  # a miscompiled network: zeros
+    with pytest.raises(UserError, match=r"failed its parity check .*run 'matchanything build"):
+        open_engine(machine.bundle, "tensorrt")
+    assert read_manifest(plan).bad and machine.cuda.retained == 0
+    with caplog.at_level(logging.WARNING):
+        engine = open_engine(machine.bundle, "auto")
+    assert engine.backend == "onnxruntime-cpu" and "parity" in caplog.text
+    engine.close()
+
+
+def test_without_a_plan_tensorrt_says_what_to_type_and_auto_does_not_ask(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path)
+    with pytest.raises(UserError, match=rf"no TensorRT plan beside .*run 'matchanything build {bundle.onnx}'"):
+        open_engine(bundle, "tensorrt")
+    engine = open_engine(bundle, "auto")
+    assert engine.backend.startswith("onnxruntime")
+    engine.close()
+
+
+def test_doctor_lines(machine: Machine) -> None:
+    lines = "\n".join(open_plan.plan_report(machine.bundle))
+    assert "Plan used for tiny.onnx: tiny.orin.plan" in lines and "TensorRT 10.3.0 is here" in lines and "Orin" in lines
+    (plan,) = find_plans(machine.bundle)
+    write_plan(machine.bundle, version="10.2.0")
+    lines = "\n".join(open_plan.plan_report(machine.bundle))
+    assert "none" in lines and f"Not used: {plan.name}. " in lines and "run 'matchanything build" in lines
+    plan.unlink()
+    assert f"matchanything build {machine.bundle.onnx}" in "\n".join(open_plan.plan_report(machine.bundle))
