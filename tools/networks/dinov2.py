@@ -116,8 +116,8 @@ class _Block(nn.Module):
     def fold_scales(self) -> None:
         """gamma * (W x + b) = (gamma W) x + gamma b: one operation less in each branch."""
         for linear, scale in ((self.attn.proj, self.ls1), (self.mlp.fc2, self.ls2)):
-            linear.weight.mul_(scale.gamma[:, None])
-            linear.bias.mul_(scale.gamma)
+            linear.weight = nn.Parameter(linear.weight * scale.gamma[:, None], requires_grad=False)
+            linear.bias = nn.Parameter(linear.bias * scale.gamma, requires_grad=False)
         self.ls1 = self.ls2 = nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -93,6 +93,11 @@ class Roma(nn.Module):
         _, flow, certainty = states[-1]
         if fine is not None:
             *_, (_, flow, certainty) = self.second_pass(fine, flow, certainty, coarse.shape[2:])
+        return self.finish(low, flow, certainty)
+
+    @staticmethod
+    def finish(low: torch.Tensor, flow: torch.Tensor, certainty: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Certainty logit -> certainty in [0, 1], attenuated by the logit `low` after the first refiner."""
         low = _resize(low, flow.shape[2:])
         # The sign is as trained: half of a negative coarse logit is taken away, which raises the certainty.
         certainty = torch.sigmoid(certainty - ATTENUATION * low.clamp(max=0.0))

@@ -69,6 +69,9 @@ def _eliminate(matrix: torch.Tensor, edges: list[int], smallest: float, largest_
             break
         upper = rest[:, :width, width:]
         lower = rest[:, width:, :width] @ inverse
+        # The inverse errs by about rounding over its own smallest eigenvalue. Where the blocks share a large one (an
+        # image without structure), that would cost the Schur complement its positive eigenvalues: correct it once.
+        lower = lower + (rest[:, width:, :width] - lower @ rest[:, :width, :width]) @ inverse
         factors.append((inverse, upper, lower))
         rest = rest[:, width:, width:] - lower @ upper
     return factors
