@@ -25,6 +25,7 @@ from results import write_results
 from matchanything_ros.errors import UserError
 
 HERE = Path(__file__).resolve().parent
+CAMERA_PROFILE = HERE.parent / "config" / "fastdds_camera.xml"
 NODE = "match_node"
 
 
@@ -56,6 +57,9 @@ def run(out: Path, rate: float) -> int:
     log = out / "node.log"
     node = start_node(log)
     print(f"Node: {NODE}, process {node.pid}, log in {log}")
+    os.environ.setdefault(
+        "FASTRTPS_DEFAULT_PROFILES_FILE", str(CAMERA_PROFILE)
+    )  # for the player alone: it is the camera
     rclpy.init()
     player = Player(TOPICS, NODE)
     try:
@@ -84,7 +88,7 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("out/demo"), help="folder for the results (default %(default)s)"
     )
-    parser.add_argument("--rate", type=float, default=2.0, help="image pairs per second (default %(default)s)")
+    parser.add_argument("--rate", type=float, default=1.0, help="image pairs per second (default %(default)s)")
     arguments = parser.parse_args()
     # Read by ROS when it starts, here and in the node: a domain of its own, and nothing leaves this machine.
     os.environ.setdefault("ROS_DOMAIN_ID", str(os.getpid() % 100 + 1))
