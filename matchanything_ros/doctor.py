@@ -20,7 +20,7 @@ import matchanything_ros
 from matchanything_ros.bundle import BUNDLES, load_bundle
 from matchanything_ros.engines.device import current_device
 from matchanything_ros.engines.flavour import flavours
-from matchanything_ros.engines.plan import choose_plan
+from matchanything_ros.engines.open_plan import plan_report
 from matchanything_ros.errors import UserError
 
 
@@ -146,7 +146,6 @@ def offline_tools() -> list[Finding]:
 def bundles(paths: list[str]) -> list[Finding]:
     """The bundles in the package and the given ones: whole or damaged, and which plan would run."""
     files = [str(file) for file in sorted(BUNDLES.glob("*.onnx"))] + list(paths)
-    available, _ = flavours()
     found = []
     for path in files:
         try:
@@ -160,10 +159,7 @@ def bundles(paths: list[str]) -> list[Finding]:
         )
         text = f"{manifest.family} {manifest.variant}, {manifest.precision}, {size / 1e6:.1f} MB, {bundle.hash}"
         found.append(Finding(manifest.name, text))
-        choice = choose_plan(bundle, available, current_device())
-        if choice.plan is not None:
-            found.append(Finding("", f"plan {choice.plan.name}"))
-        found += [Finding("", f"not run: {reason}") for reason in choice.reasons.values()]
+        found += [Finding("", line) for line in plan_report(bundle)]
     return found or [Finding("bundles", "none", "nothing to match with: reinstall the package, or export a checkpoint")]
 
 

@@ -115,6 +115,12 @@ class Matcher:
         preprocess_ms = 1e3 * (time.perf_counter() - start)
         return self.engine.run(inputs), back, preprocess_ms
 
+    def reopen(self, backend: str = "auto") -> None:
+        """Open the engine again, such as after a plan was built. If that raises UserError, the present one stays."""
+        engine = open_engine(self.bundle, backend)
+        self.engine.close()
+        self.engine = engine
+
     def close(self) -> None:
         """Release the engine."""
         self.engine.close()

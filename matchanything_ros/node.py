@@ -22,6 +22,7 @@ from sensor_msgs.msg import CompressedImage, Image
 
 from matchanything_ros import parameters
 from matchanything_ros.diagnostics import Statistics
+from matchanything_ros.engines.background_build import BackgroundBuild, plan_is_missing
 from matchanything_ros.errors import UserError
 from matchanything_ros.homography import HomographyEstimate, estimate_homography
 from matchanything_ros.images import to_array
@@ -51,6 +52,7 @@ class MatchNode(LifecycleNode):
         self._settings = parameters.read(self)
         self.add_on_set_parameters_callback(self._on_set_parameters)
         self._worker: Worker | None = None
+        self._build: BackgroundBuild | None = None
         self._statistics = Statistics()
         self._subscriptions_of_images: list[Any] = []
         self._publishers_of_results: list[Any] = []
@@ -70,6 +72,9 @@ class MatchNode(LifecycleNode):
         if self._worker is not None:
             self._worker.stop()
             self._worker = None
+        if self._build is not None:
+            self._build.close()
+            self._build = None
 
     # Lifecycle
 
@@ -77,9 +82,10 @@ class MatchNode(LifecycleNode):
         self._settings = parameters.read(self)
         p = self._settings
         self._statistics = Statistics()
+        builds = p.build_if_missing and p.backend in ("auto", "tensorrt")
         try:
             self._worker = Worker(
-                lambda: Matcher(p.bundle or None, p.backend),
+                lambda: Matcher(p.bundle or None, "auto" if builds else p.backend),
                 Pairing(p.approximate_sync_tolerance_seconds, not p.approximate_sync, p.queue_size),
                 self._work,
             )
@@ -96,6 +102,9 @@ class MatchNode(LifecycleNode):
         matcher = self._worker.matcher
         assert matcher is not None
         self.get_logger().info(f"{matcher.bundle.manifest.name} ({matcher.bundle.hash}) on {matcher.engine.backend}")
+        if builds and matcher.engine.backend != "tensorrt" and plan_is_missing(matcher.bundle):
+            self._build = BackgroundBuild(matcher.bundle)
+            self.get_logger().info(self._build.status())
         return super().on_configure(state)
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -204,6 +213,10 @@ class MatchNode(LifecycleNode):
                 status.message = f"{rates[2]:.1f} pairs a second"
                 if warning := self._warning(rates):
                     status.level, status.message = DiagnosticStatus.WARN, warning
+        if (build := self._build) is not None:
+            values |= {"TensorRT plan": build.status()}
+            if build.failed:
+                status.level, status.message = DiagnosticStatus.WARN, build.status()
         if failure := self._problem or self._statistics.failure:
             status.level, status.message = DiagnosticStatus.ERROR, failure
         status.values = [KeyValue(key=key, value=value) for key, value in values.items()]
@@ -228,6 +241,10 @@ class MatchNode(LifecycleNode):
         start = time.perf_counter()
         timings, failure, images = {"wait": 1e3 * (start - max(arrival0, arrival1))}, "", []
         try:
+            if self._build is not None and self._build.succeeded:
+                self._build = None
+                matcher.reopen()
+                self.get_logger().info(f"The TensorRT plan is built; {matcher.engine.backend} matches from now on.")
             for camera, message in enumerate((message0, message1)):
                 try:
                     images.append(to_array(message, p.stretch))

@@ -33,6 +33,9 @@ class Parameters:
     autostart: bool = _option(True, "Configure and activate on start; otherwise wait for the lifecycle services.")
     bundle: str = _option("", "Path of the bundle's .onnx file, or the name of a packaged one; empty: the default one.")
     backend: str = _option("auto", "What runs the network.", choices=BACKENDS)
+    build_if_missing: bool = _option(
+        False, "Without a fitting TensorRT plan, build one in the background; meanwhile ONNX Runtime matches."
+    )
     image_transport: str = _option(
         "raw", "raw: sensor_msgs/Image; compressed: CompressedImage on <topic>/compressed.", ("raw", "compressed")
     )

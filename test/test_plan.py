@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from tiny_bundle import SIZE, write_bundle
 
 from matchanything_ros.bundle import Bundle, sha256_of
 from matchanything_ros.engines import open_engine, open_plan
-from matchanything_ros.engines.device import Device
+from matchanything_ros.engines.background_build import BackgroundBuild, plan_is_missing
+from matchanything_ros.engines.device import Device, current_device
 from matchanything_ros.engines.flavour import Flavour, flavours, load_flavour, refusal
 from matchanything_ros.engines.plan import (
     PlanManifest,
@@ -227,10 +230,77 @@ def test_without_a_plan_tensorrt_says_what_to_type_and_auto_does_not_ask(tmp_pat
 
 def test_doctor_lines(machine: Machine) -> None:
     lines = "\n".join(open_plan.plan_report(machine.bundle))
-    assert "Plan used for tiny.onnx: tiny.orin.plan" in lines and "TensorRT 10.3.0 is here" in lines and "Orin" in lines
+    assert lines == "plan tiny.orin.plan (parity not checked yet: done at first use)"
     (plan,) = find_plans(machine.bundle)
     write_plan(machine.bundle, version="10.2.0")
-    lines = "\n".join(open_plan.plan_report(machine.bundle))
-    assert "none" in lines and f"Not used: {plan.name}. " in lines and "run 'matchanything build" in lines
+    (line,) = open_plan.plan_report(machine.bundle)
+    assert line.startswith(f"not run: The plan {plan.name} was built with") and "run 'matchanything build" in line
     plan.unlink()
-    assert f"matchanything build {machine.bundle.onnx}" in "\n".join(open_plan.plan_report(machine.bundle))
+    assert open_plan.plan_report(machine.bundle) == [f"no plan: run 'matchanything build {machine.bundle.onnx}'"]
+
+
+def test_a_build_in_the_background_would_help_only_without_a_fitting_or_failing_plan(machine: Machine) -> None:
+    assert not plan_is_missing(machine.bundle)
+    write_plan(machine.bundle, version="10.2.0")
+    assert plan_is_missing(machine.bundle)
+    write_plan(machine.bundle, parity={"passed": False, "summary": "x"})
+    assert not plan_is_missing(machine.bundle), "it would fail again, at every start of the node"
+
+
+def _until_ended(build: BackgroundBuild) -> None:
+    deadline = time.monotonic() + 20
+    while not (build.succeeded or build.failed):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_background_build_tells_how_it_stands(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = BackgroundBuild(
+        machine.bundle, [sys.executable, "-c", "import sys; sys.stdin.read(); open(sys.argv[1])", "x"]
+    )
+    _until_ended(build)
+    assert build.failed and "was not built: FileNotFoundError" in build.status()
+    build.close()
+    build = BackgroundBuild(machine.bundle, [sys.executable, "-c", "import time; time.sleep(60)"])
+    assert build.status().startswith("Building the TensorRT plan of tiny.onnx for 0 s")
+    start = time.monotonic()
+    build.close()
+    assert build.failed and time.monotonic() - start < 5
+    build = BackgroundBuild(machine.bundle, [sys.executable, "-c", "pass"])
+    _until_ended(build)
+    assert build.succeeded and build.status() == "The TensorRT plan of tiny.onnx is built."
+    build.close()
+
+
+def test_background_build_is_the_real_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU it fails, with the command's own sentence."""
+    if current_device() is not None:
+        pytest.skip("there is a GPU")
+    links = tmp_path / "links"
+    links.mkdir()
+    for name in ("matchanything_ros", "matchanything_tools"):
+        (links / name).symlink_to(Path(__import__(name).__file__ or "").parent)
+    monkeypatch.setenv("PYTHONPATH", str(links))
+    build = BackgroundBuild(write_bundle(tmp_path))
+    _until_ended(build)
+    assert build.failed and re.search("There is no (GPU|usable TensorRT) here", build.status()), build.status()
+    build.close()
+
+
+def test_a_matcher_goes_over_to_the_plan_once_it_is_there(machine: Machine) -> None:
+    (plan,) = find_plans(machine.bundle)
+    away = plan.with_suffix(".away")
+    plan.rename(away)
+    images = np.random.Generator(np.random.PCG64(2)).integers(0, 256, (2, 60, 80, 3), np.uint8)
+    with Matcher(machine.bundle) as matcher:
+        assert matcher.engine.backend == "onnxruntime-cpu"
+        before = matcher.match(*images)
+        away.rename(plan)
+        matcher.reopen()
+        assert matcher.engine.backend == "tensorrt"
+        np.testing.assert_allclose(matcher.match(*images).keypoints1, before.keypoints1, atol=1e-3)
+        plan.unlink()
+        with pytest.raises(UserError):
+            matcher.reopen("tensorrt")
+        assert len(matcher.match(*images)) == len(before)
+    assert machine.cuda.retained == 0

@@ -129,7 +129,7 @@ def test_called_from_many_threads(machine: Machine) -> None:
         ),
         ("synchronize", "cuStreamSynchronize failed: unspecified launch failure", "context is lost", True),
         ("synchronize", "cuStreamSynchronize failed: no device", "does not answer", True),
-        ("synchronize", "cuStreamSynchronize failed: invalid argument", "activate the node again", False),
+        ("synchronize", "cuStreamSynchronize failed: invalid argument", "if it stays, configure the node again", False),
     ],
 )
 def test_cuda_errors_become_sentences_and_a_new_engine_works(

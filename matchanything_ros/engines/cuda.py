@@ -57,16 +57,18 @@ def explain(error: Exception, doing: str) -> CudaFailure:
     if _STICKY.search(text):
         return CudaFailure(
             f"The GPU failed while {doing} ({text}) and its CUDA context is lost: "
-            "deactivate and activate the node, or start the program again.",
+            "clean the node up and configure it again, or start the program again.",
             sticky=True,
         )
     if _LOST.search(text):
         return CudaFailure(
             f"The GPU does not answer while {doing} ({text}): check it with nvidia-smi or tegrastats, "
-            "then activate the node again.",
+            "then clean the node up and configure it again.",
             sticky=True,
         )
-    return CudaFailure(f"CUDA failed while {doing} ({text}): activate the node again; report it if it stays.")
+    return CudaFailure(
+        f"CUDA failed while {doing} ({text}): if it stays, configure the node again, or start the program again."
+    )
 
 
 class CudaWorker:

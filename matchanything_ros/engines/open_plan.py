@@ -12,6 +12,7 @@ from matchanything_ros.engines.device import Device, current_device
 from matchanything_ros.engines.flavour import Flavour, flavours
 from matchanything_ros.engines.parity import check_parity
 from matchanything_ros.engines.plan import (
+    PARITY_FAILED,
     Choice,
     choose_plan,
     find_plans,
@@ -66,25 +67,16 @@ def why_none(bundle: Bundle, choice: Choice) -> str:
 
 def plan_report(bundle: Bundle) -> list[str]:
     """For `matchanything doctor`: which plan would be used for a bundle here, why not the others, what to type."""
-    choice, usable, unusable, device = look(bundle)
-    lines = list(unusable)
-    if not usable and not unusable:
-        lines.append("TensorRT: not installed; on a Jetson it comes with JetPack.")
-    lines += [f"{flavour.title} is here." for flavour in usable]
-    if device is None:
-        lines.append("GPU: none that CUDA can use.")
-    else:
-        lines.append(f"GPU: {device.name}, compute capability {device.compute_capability}, CUDA {device.cuda}.")
+    choice, usable, _, device = look(bundle)
+    lines = []
     if choice.plan is not None:
         made = read_manifest(choice.plan)
         state = "parity not checked yet: done at first use" if made.parity is None else made.parity["summary"]
-        lines.append(f"Plan used for {bundle.onnx.name}: {choice.plan.name} ({state}).")
-    else:
-        lines.append(f"Plan used for {bundle.onnx.name}: none.")
-    lines += [f"Not used: {plan.name}. {reason}" for plan, reason in choice.reasons.items()]
-    if choice.plan is None and usable and device is not None and not choice.reasons:
-        lines.append(f"To build one: {rebuild_command(bundle)}")
-    return lines
+        forced = ", forced" if made.forced and made.bad else ""
+        lines.append(f"plan {choice.plan.name} ({state}{forced})")
+    elif usable and device is not None and not choice.reasons:
+        lines.append(f"no plan: run '{rebuild_command(bundle)}'")
+    return lines + [f"not run: {reason}" for reason in choice.reasons.values()]
 
 
 def _check_once(engine: TensorRTEngine, plan: Path) -> None:
@@ -103,6 +95,6 @@ def _check_once(engine: TensorRTEngine, plan: Path) -> None:
         temporary.unlink(missing_ok=True)
     if not parity.passed:
         raise UserError(
-            f"The plan {plan.name} failed its parity check ({parity.summary}): run '{rebuild_command(engine.bundle)}' "
+            f"The plan {plan.name} {PARITY_FAILED} ({parity.summary}): run '{rebuild_command(engine.bundle)}' "
             "or use another backend."
         )

@@ -18,6 +18,7 @@ from matchanything_ros.engines.flavour import Flavour
 from matchanything_ros.errors import UserError
 
 SCHEMA = 1
+PARITY_FAILED = "failed its parity check"
 Profile = dict[str, tuple[Size, Size, Size]]  # input name -> (min, opt, max), each (height, width)
 
 
@@ -158,23 +159,29 @@ def misfit(plan: Path, bundle: Bundle, flavour: Flavour, device: Device | None) 
         )
     if found.bad and not found.forced:
         reason = (found.parity or {}).get("summary", "its result is wrong")
-        return f"The plan {plan.name} failed its parity check ({reason}): run '{again}' or use another backend."
+        return f"The plan {plan.name} {PARITY_FAILED} ({reason}): run '{again}' or use another backend."
     return None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The plan to run for a bundle here, with its flavour; and for every other plan the sentence why not."""
+    """The plan to run for a bundle here, with its flavour; and for every other plan the sentence why not.
+
+    bad: there is a plan that fits but for its parity check.
+    """
 
     plan: Path | None
     flavour: Flavour | None
     reasons: dict[Path, str]
+    bad: bool = False
 
 
 def choose_plan(bundle: Bundle, available: list[Flavour], device: Device | None) -> Choice:
     """Look at every plan beside the bundle with every TensorRT of this machine; the first fitting one is chosen."""
     reasons: dict[Path, str] = {}
-    for plan in find_plans(bundle):
+    bad = False
+    plans = find_plans(bundle)
+    for plan in plans:
         if not available:
             reasons[plan] = "There is no usable TensorRT here, see 'matchanything doctor'."
             continue
@@ -185,10 +192,11 @@ def choose_plan(bundle: Bundle, available: list[Flavour], device: Device | None)
         flavour = next((entry for entry in available if entry.name == wanted), available[0])
         reason = misfit(plan, bundle, flavour, device)
         if reason is None:
-            rest = {other: f"{plan.name} comes first." for other in find_plans(bundle) if other > plan}
+            rest = {other: f"{plan.name} comes first." for other in plans if other > plan}
             return Choice(plan, flavour, {**reasons, **rest})
         reasons[plan] = reason
-    return Choice(None, None, reasons)
+        bad = bad or PARITY_FAILED in reason
+    return Choice(None, None, reasons, bad)
 
 
 def _profile_misfit(profile: Profile, bundle: Bundle) -> str | None:
