@@ -1,0 +1,173 @@
+"""The coarse transformer of EfficientLoFTR (Wang et al., CVPR 2024, section 3.2): aggregated attention.
+
+Queries are 4x4 blocks of the coarse map summed by a depthwise convolution, keys and values its 4x4 maxima; the message
+comes back to every cell by bilinear upsampling. Here a map is kept as [16, T, B, C], the cells of a block first: then
+both kinds of pooling are plain reductions over the first axis, and upsampling is one matrix product.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WIDTH, HEADS, BLOCK = 256, 8, 4
+
+
+class Grid(NamedTuple):
+    """What attention needs to know of a coarse map with rows x columns blocks.
+
+    cos, sin: [T, 1, C] rotary position encoding. upsampling: [16 T, T], or None to interpolate.
+    """
+
+    rows: int
+    columns: int
+    cos: Tensor
+    sin: Tensor
+    upsampling: Tensor | None
+
+
+class AggregatedAttention(nn.Module):
+    """One layer; attribute names are the published keys. Only what `fuse` made of them is used by `forward`."""
+
+    def __init__(self, rotary: bool) -> None:
+        super().__init__()
+        self.rotary = rotary
+        self.aggregate = nn.Conv2d(WIDTH, WIDTH, BLOCK, BLOCK, groups=WIDTH, bias=False)
+        self.q_proj = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.k_proj = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.v_proj = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.merge = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * WIDTH, 2 * WIDTH, bias=False), nn.LeakyReLU(), nn.Linear(2 * WIDTH, WIDTH, bias=False)
+        )
+        self.norm1 = nn.LayerNorm(WIDTH)
+        self.norm2 = nn.LayerNorm(WIDTH)
+
+    def fuse(self) -> None:
+        """Fold what is linear: the rotation's swap of channels and the softmax's scale into the projections; `merge`
+        and upsampling commute, so that `merge` joins the half of the MLP that reads the message."""
+        query, key = self.q_proj.weight.double() / (WIDTH // HEADS) ** 0.5, self.k_proj.weight.double()
+        value, first = self.v_proj.weight.double(), self.mlp[0].weight.double()
+        queries = [query, _rotated(query)] if self.rotary else [query]
+        keys = [key, _rotated(key)] if self.rotary else [key]
+        weights = {
+            "pooling": self.aggregate.weight.double().reshape(WIDTH, BLOCK * BLOCK).T.reshape(-1, 1, 1, WIDTH),
+            "to_query": torch.cat(queries).T,
+            "to_key_value": torch.cat([*keys, value]).T,
+            "from_cell": first[:, :WIDTH].T,
+            "from_message": (first[:, WIDTH:] @ self.merge.weight.double()).T,
+            "to_cell": self.mlp[2].weight.double().T,
+        }
+        for name in ("aggregate", "q_proj", "k_proj", "v_proj", "merge", "mlp"):
+            delattr(self, name)
+        for name, weight in weights.items():
+            self.register_buffer(name, weight.detach().float().contiguous())
+
+    def forward(self, x: Tensor, source: Tensor, grid: Grid, source_grid: Grid) -> Tensor:
+        """x [16, T, B, C] attends to source [16, S, B, C]; returns the new x."""
+        queries = self.norm1((x * self.pooling).sum(0)) @ self.to_query
+        keys_values = self.norm1(source.amax(0)) @ self.to_key_value
+        if self.rotary:
+            query, turned = queries.split(WIDTH, -1)
+            query = query * grid.cos + turned * grid.sin
+            key, turned, value = keys_values.split(WIDTH, -1)
+            key = key * source_grid.cos + turned * source_grid.sin
+        else:
+            query = queries
+            key, value = keys_values.split(WIDTH, -1)
+        tokens, batch = query.shape[0], query.shape[1]
+        query, key, value = (t.unflatten(-1, (HEADS, -1)) for t in (query, key, value))
+        weights = torch.softmax(query.permute(1, 2, 0, 3) @ key.permute(1, 2, 3, 0), -1)
+        message = (weights @ value.permute(1, 2, 0, 3)).permute(2, 0, 1, 3).reshape(tokens, batch, WIDTH)
+        hidden = F.leaky_relu(x @ self.from_cell + _upsample(message @ self.from_message, grid))
+        return x + self.norm2(hidden @ self.to_cell)
+
+
+class CoarseTransformer(nn.Module):
+    """Self and cross attention, four times in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(AggregatedAttention(rotary=index % 2 == 0) for index in range(8))
+
+    def fuse(self) -> None:
+        for layer in self.layers:
+            layer.fuse()  # type: ignore[operator]
+
+    def forward(self, x0: Tensor, x1: Tensor, grid0: Grid, grid1: Grid, together: bool) -> tuple[Tensor, Tensor]:
+        """Feature blocks [16, T, 1, C] of both images -> the same. together: both have one size, so that self attention
+        may run on both at once."""
+        for index, layer in enumerate(self.layers):
+            if index % 2:  # image 1 attends to image 0 as already updated
+                x0 = layer(x0, x1, grid0, grid1)
+                x1 = layer(x1, x0, grid1, grid0)
+            elif together:
+                both = torch.cat([x0, x1], 2)
+                x0, x1 = layer(both, both, grid0, grid0).split(1, 2)
+            else:
+                x0, x1 = layer(x0, x0, grid0, grid0), layer(x1, x1, grid1, grid1)
+        return x0, x1
+
+
+def make_grid(rows: int, columns: int, scale: tuple[float, float], dtype: torch.dtype, matrix: bool) -> Grid:
+    """rows, columns: of 4x4 blocks. scale: of row and column positions (training size / size of this image).
+
+    matrix: upsample by one matrix product (small fixed maps), or else by interpolation. The original rounds the tables
+    of the position encoding to fp16; so do we.
+    """
+    frequencies = torch.exp(torch.arange(64) * (-torch.log(torch.tensor(10000.0)) / 64))
+    row = (torch.arange(rows) + 1.0)[:, None] * scale[0] * frequencies
+    column = (torch.arange(columns) + 1.0)[:, None] * scale[1] * frequencies
+    shape = (rows, columns, 64)
+    # Channels 4k, 4k+1 turn with the row and 4k+2, 4k+3 with the column.
+    angles = torch.stack([row[:, None].expand(shape), column[None].expand(shape)], -1)
+    angles = angles[..., None].expand(*shape, 2, 2).reshape(rows * columns, 1, WIDTH)
+    cos, sin = angles.cos().half().to(dtype), angles.sin().half().to(dtype)
+    upsampling = None
+    if matrix:
+        vertical, horizontal = _linear_weights(rows), _linear_weights(columns)
+        upsampling = (vertical[:, None, :, None, :, None] * horizontal[None, :, None, :, None, :]).to(dtype)
+        upsampling = upsampling.reshape(BLOCK * BLOCK * rows * columns, rows * columns)
+    return Grid(rows, columns, cos, sin, upsampling)
+
+
+def to_blocks(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Map [B, C, 4 rows, 4 columns] -> [16, rows * columns, B, C]."""
+    x = x.reshape(x.shape[0], x.shape[1], rows, BLOCK, columns, BLOCK).permute(3, 5, 2, 4, 0, 1)
+    return x.reshape(BLOCK * BLOCK, rows * columns, x.shape[4], x.shape[5])
+
+
+def from_blocks(x: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of to_blocks."""
+    batch, channels = x.shape[2], x.shape[3]
+    x = x.reshape(BLOCK, BLOCK, rows, columns, batch, channels).permute(4, 5, 2, 0, 3, 1)
+    return x.reshape(batch, channels, BLOCK * rows, BLOCK * columns)
+
+
+def _upsample(message: Tensor, grid: Grid) -> Tensor:
+    """[T, B, D] on blocks -> [16, T, B, D] on cells, bilinear (align_corners=False)."""
+    tokens, batch, width = message.shape
+    if grid.upsampling is not None:
+        cells = grid.upsampling @ message.reshape(tokens, batch * width)
+        return cells.reshape(BLOCK * BLOCK, tokens, batch, width)
+    coarse = message.reshape(grid.rows, grid.columns, batch, width).permute(2, 3, 0, 1)
+    fine = F.interpolate(coarse, scale_factor=float(BLOCK), mode="bilinear", align_corners=False)
+    return to_blocks(fine, grid.rows, grid.columns)
+
+
+def _linear_weights(count: int) -> Tensor:
+    """[4, count, count]: weight of block k for cell (position in its block, block) under linear interpolation."""
+    position = (torch.arange(BLOCK * count) + 0.5) / BLOCK - 0.5
+    position = position.clamp(0, count - 1)
+    weights = (1 - (position[:, None] - torch.arange(count)).abs()).clamp(min=0)
+    return weights.reshape(count, BLOCK, count).transpose(0, 1)
+
+
+def _rotated(weight: Tensor) -> Tensor:
+    """Rows (a, b) of every pair of channels -> (-b, a): the part of a rotation that the sine multiplies."""
+    pairs = weight.reshape(-1, 2, weight.shape[1])
+    return torch.stack([-pairs[:, 1], pairs[:, 0]], 1).reshape(weight.shape)
