@@ -48,6 +48,7 @@ class Preprocess:
     channels: "rgb" or "gray".
     resize: "stretch" to exactly the input's size (aspect ratio ignored); "fit" keeps the aspect ratio, makes the long
         side that of `opt`, then pads right and bottom with zeros; "fit_down" is "fit" that never enlarges.
+        "fit_stretch" is "fit" with each side cut to a multiple of the divisor by a slight stretch instead of padding.
     interpolation: "area", "linear", "bicubic", "bicubic_antialias" or "lanczos" (see resample.py).
     divisor: dynamic sizes are padded to multiples of this.
     long_side_limit: if set, first reduce to this long side by area (the MatchAnything demo does).
@@ -63,7 +64,7 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         _one_of("preprocess.channels", self.channels, ("rgb", "gray"))
-        _one_of("preprocess.resize", self.resize, ("stretch", "fit", "fit_down"))
+        _one_of("preprocess.resize", self.resize, ("stretch", "fit", "fit_down", "fit_stretch"))
         _one_of(
             "preprocess.interpolation",
             self.interpolation,

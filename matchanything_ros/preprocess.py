@@ -53,6 +53,11 @@ def content_size(height: int, width: int, preprocess: Preprocess, spec: InputSpe
     factor = min(limit_h / height, limit_w / width)
     if preprocess.resize == "fit_down":
         factor = min(factor, 1.0)
+    if preprocess.resize == "fit_stretch":
+        step = preprocess.divisor
+        return max(int(height * factor) // step * step, spec.min[0]), max(
+            int(width * factor) // step * step, spec.min[1]
+        )
     return max(round(height * factor), 1), max(round(width * factor), 1)
 
 

@@ -28,8 +28,8 @@ class RepVGGBlock(nn.Module):
 
     def fused(self) -> nn.Sequential:
         """One 3x3 convolution with bias and a ReLU that compute the same (in evaluation mode)."""
-        kernel, bias = fold_batch_norm(self.rbr_dense.conv.weight, self.rbr_dense.bn)
-        point, point_bias = fold_batch_norm(self.rbr_1x1.conv.weight, self.rbr_1x1.bn)
+        kernel, bias = self._folded(self.rbr_dense)
+        point, point_bias = self._folded(self.rbr_1x1)
         kernel, bias = kernel + F.pad(point, (1, 1, 1, 1)), bias + point_bias
         if self.rbr_identity is not None:
             channels = kernel.shape[0]
@@ -37,6 +37,12 @@ class RepVGGBlock(nn.Module):
             same, same_bias = fold_batch_norm(unit, self.rbr_identity)
             kernel, bias = kernel + F.pad(same, (1, 1, 1, 1)), bias + same_bias
         return nn.Sequential(conv_from(kernel, bias, stride=self.stride), nn.ReLU())
+
+    @staticmethod
+    def _folded(branch: nn.Sequential) -> tuple[Tensor, Tensor]:
+        conv, norm = branch
+        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        return fold_batch_norm(conv.weight, norm)
 
 
 class RepVGG(nn.Module):

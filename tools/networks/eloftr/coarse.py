@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from matchanything_tools.networks.topk import topk
+
 TEMPERATURE = 0.1
 BORDER = 2  # cells at the border of the valid area that are never matched
 
@@ -32,20 +34,27 @@ def best_pairs(conf: Tensor, size0: tuple[int, int], size1: tuple[int, int], cou
     width = w1 - 2 * BORDER
     stretch = inner.amax(1).reshape(h0 * w0, h1) * _inside(h0, w0).reshape(-1, 1) * _rows_inside(h1)
     rows = _largest(stretch.amax(1), count)[1]
-    chosen, place = _largest(stretch[rows].reshape(-1), count)
-    cells0, rows1 = rows[place // h1], place % h1
-    candidates = inner[cells0 * h1 + rows1] * (chosen > 0).to(conf.dtype)[:, None]
+    chosen, place = _largest(stretch.index_select(0, rows).reshape(-1), count)
+    source, rows1 = quotient(place, h1)
+    cells0 = rows.index_select(0, source)
+    candidates = inner.index_select(0, cells0 * h1 + rows1) * (chosen > 0).to(conf.dtype)[:, None]
     scores, place = _largest(candidates.reshape(-1), count)
-    which = place // width
-    return scores, cells0[which], rows1[which] * w1 + place % width + BORDER
+    which, column = quotient(place, width)
+    return scores, cells0.index_select(0, which), rows1.index_select(0, which) * w1 + column + BORDER
+
+
+def quotient(index: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
+    """Quotient and remainder of indices >= 0. One integer division: // and torch.div export as seven operators each."""
+    whole: Tensor = torch.ops.prims.div(index, divisor)
+    return whole, index - whole * divisor
 
 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Top-K of a vector that may be shorter than K: then filled with value 0 at index 0."""
     length = values.shape[0]
     if isinstance(length, int) and length >= count:
-        return torch.topk(values, count)
-    best, index = torch.topk(F.pad(values, (0, count)), count)
+        return topk(values, count)
+    best, index = topk(F.pad(values, (0, count)), count)
     inside = index < length
     return best * inside.to(best.dtype), torch.where(inside, index, torch.zeros_like(index))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import conv_from, fold_batch_norm
+from .coarse import quotient
 
 CELL = 8  # pixels of a coarse cell
 MATCHING = 56  # channels of the first stage; the 8 others serve the second
@@ -48,11 +49,12 @@ def windows(features: Tensor, cells: Tensor, columns: int) -> Tensor:
     """
     channels, height, width = features.shape[1], features.shape[2], features.shape[3]
     offset = torch.arange(6) - 1
-    rows = ((cells // columns * 4)[:, None] + offset).clamp(0, height - 1)
-    cols = ((cells % columns * 4)[:, None] + offset).clamp(0, width - 1)
+    row, column = quotient(cells, columns)
+    rows = (4 * row[:, None] + offset).clamp(0, height - 1)
+    cols = (4 * column[:, None] + offset).clamp(0, width - 1)
     index = (rows[:, :, None] * width + cols[:, None, :]).reshape(-1)
     table = features.reshape(channels, height * width).T
-    return table[index].reshape(-1, 36, channels).float()
+    return table.index_select(0, index).reshape(-1, 36, channels).float()
 
 
 class Refinement(nn.Module):
@@ -65,27 +67,30 @@ class Refinement(nn.Module):
     up1: Tensor
     up1_inner_first: Tensor
     step: Tensor
+    wrapped: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         for name, matrix in zip(("up0", "up1", "up1_inner_first"), _upsampling(), strict=True):
             self.register_buffer(name, matrix, persistent=False)
-        self.register_buffer("step", torch.arange(3) - 1, persistent=False)
+        step = torch.arange(3) - 1
+        self.register_buffer("step", step, persistent=False)
+        # The original takes the 3x3 window on the 10x10 grid at the index found on the 8x8 grid, without adding the
+        # ring: it is centred one pixel up and left of the match, and wraps around at 0. It was trained so.
+        side = (torch.arange(8)[:, None] + step) % 10  # [8, 3]
+        wrapped = side[:, None, :, None] * 10 + side[None, :, None, :]
+        self.register_buffer("wrapped", wrapped.reshape(64, 9), persistent=False)
 
     def forward(self, windows0: Tensor, windows1: Tensor) -> tuple[Tensor, Tensor]:
         gram = windows0[..., :MATCHING] @ windows1[..., :MATCHING].transpose(1, 2)
         similarity = self.up0 @ gram @ self.up1_inner_first.T * (1 / 64)  # 64: all channels, as in the original
         conf = torch.softmax(similarity, 1)[..., :64] * torch.softmax(similarity, 2)[..., :64]
         best = conf.flatten(1).argmax(1)
-        pixel0, pixel1 = best // 64, best % 64
+        pixel0, pixel1 = quotient(best, 64)
 
         gram = windows0[..., MATCHING:] @ windows1[..., MATCHING:].transpose(1, 2)
-        correlation = (self.up0[pixel0][:, None] @ gram)[:, 0] @ self.up1.T * (1 / 8**0.5)
-        # The original takes the 3x3 window on the 10x10 grid at the index found on the 8x8 grid, without adding the
-        # ring: it is centred one pixel up and left of the match, and wraps around at 0. It was trained so.
-        rows = ((pixel1 // 8)[:, None] + self.step + 10) % 10
-        cols = ((pixel1 % 8)[:, None] + self.step + 10) % 10
-        window = correlation.gather(1, (rows[:, :, None] * 10 + cols[:, None, :]).reshape(-1, 9))
+        correlation = (self.up0.index_select(0, pixel0)[:, None] @ gram)[:, 0] @ self.up1.T * (1 / 8**0.5)
+        window = correlation.gather(1, self.wrapped.index_select(0, pixel1))
         heat = torch.softmax(window / 10, 1)
         x = heat @ self.step.float().repeat(3)
         y = heat @ self.step.float().repeat_interleave(3)
@@ -94,7 +99,8 @@ class Refinement(nn.Module):
 
 def _from_corner(pixel: Tensor) -> Tensor:
     """Index on the 8x8 grid [K] -> (x, y) float32 [K, 2]; the half pixels are part of what was trained."""
-    return torch.stack([pixel % CELL, pixel // CELL], 1).float() - (CELL - 1) / 2
+    row, column = quotient(pixel, CELL)
+    return torch.stack([column, row], 1).float() - (CELL - 1) / 2
 
 
 def _upsampling() -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from . import coarse, fine
 from .backbone import RepVGG
-from .transformer import CoarseTransformer, Grid, from_blocks, make_grid, to_blocks
+from .transformer import CoarseTransformer, Grid, from_blocks, linear_weights, make_grid, to_blocks
 
 CELL = 8  # pixels of a cell of the coarse map
 STEP = 32  # input sides are multiples of this: a cell times the 4x4 blocks of the transformer
@@ -37,8 +37,7 @@ class EfficientLoFTR(nn.Module):
     size: (height, width) of both images where it is fixed, else None (any multiples of 32).
     square: pad each image to a square with zeros right and below inside the network, as the demo does: the padding is
         seen by the convolutions only, and masked afterwards.
-    position_size: side at which position encodings are those of training: positions are multiplied by
-        position_size / side. None: never rescaled (the demo).
+    position_scale: what positions are multiplied by before they are encoded: training side / side (1 in the demo).
     half: convolutions, attention and the pyramid in fp16; similarities, softmax and coordinates stay fp32.
     """
 
@@ -48,35 +47,38 @@ class EfficientLoFTR(nn.Module):
         max_matches: int,
         size: tuple[int, int] | None = None,
         square: bool = False,
-        position_size: int | None = None,
+        position_scale: float = 1.0,
         half: bool = False,
     ) -> None:
         super().__init__()
         published.eval()
         for part in (published.backbone, published.loftr_coarse, published.fine_preprocess):
             part.fuse()
-        self.max_matches, self.size, self.square, self.position_size = max_matches, size, square, position_size
+        self.max_matches, self.size, self.square, self.position_scale = max_matches, size, square, position_scale
         self.dtype = torch.float16 if half else torch.float32
         self.backbone = published.backbone.to(self.dtype)
         self.transformer = published.loftr_coarse.to(self.dtype)
         self.pyramid = published.fine_preprocess.to(self.dtype)
         self.refinement = fine.Refinement()
-        self.grid = None if size is None else self._grid(*size)
+        self.fixed = None if size is None else _FixedGrid(make_grid(*self._blocks(*size), position_scale, self.dtype))
         self.requires_grad_(False)
 
     def forward(self, image0: Tensor, image1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         size0, size1 = self._cells(image0), self._cells(image1)
-        together = self.size is not None
-        if together:
+        together = self.fixed is not None
+        if self.fixed is not None:
             half, quarter, eighth = self._features(torch.cat([image0, image1]))
-            (map0, map1), grid0, grid1 = eighth.split(1), self.grid, self.grid
+            map0, map1 = eighth.split(1)
+            grid0 = grid1 = self.fixed()
             pyramids = [(quarter, half)]
         else:
             half0, quarter0, map0 = self._features(image0)
             half1, quarter1, map1 = self._features(image1)
-            grid0, grid1 = (self._grid(*image.shape[2:]) for image in (image0, image1))
+            grid0, grid1 = (
+                make_grid(*self._blocks(*image.shape[2:]), self.position_scale, self.dtype)
+                for image in (image0, image1)
+            )
             pyramids = [(quarter0, half0), (quarter1, half1)]
-        assert grid0 is not None and grid1 is not None
         map0, map1 = self._transform(map0, map1, grid0, grid1, together)
 
         conf = coarse.confidence(map0.flatten(2)[0].float(), map1.flatten(2)[0].float())
@@ -121,11 +123,39 @@ class EfficientLoFTR(nn.Module):
     def _cells(self, image: Tensor) -> tuple[int, int]:
         return image.shape[2] // STEP * (STEP // CELL), image.shape[3] // STEP * (STEP // CELL)
 
-    def _grid(self, height: int, width: int) -> Grid:
-        scale = (1.0, 1.0) if self.position_size is None else (self.position_size / height, self.position_size / width)
-        return make_grid(height // STEP, width // STEP, scale, self.dtype, matrix=self.size is not None)
+    @staticmethod
+    def _blocks(height: int, width: int) -> tuple[int, int]:
+        return height // STEP, width // STEP
+
+
+class _FixedGrid(nn.Module):
+    """The grid of a fixed size, its tables stored and its upsampling as one matrix."""
+
+    cos: Tensor
+    sin: Tensor
+    down: Tensor
+    across: Tensor
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.rows, self.columns = grid.rows, grid.columns
+        tables = {
+            "cos": grid.cos,
+            "sin": grid.sin,
+            "down": linear_weights(grid.rows),
+            "across": linear_weights(grid.columns),
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table.to(grid.cos.dtype), persistent=False)
+
+    def forward(self) -> Grid:
+        # The product of the two axes is left to the graph: a runtime folds it, a file need not hold it.
+        matrix = self.down[:, None, :, None, :, None] * self.across[None, :, None, :, None, :]
+        matrix = matrix.reshape(16 * self.rows * self.columns, self.rows * self.columns)
+        return Grid(self.rows, self.columns, self.cos, self.sin, matrix)
 
 
 def _corner(cells: Tensor, columns: int) -> Tensor:
     """Cell indices [K] -> (x, y) of the cells' first pixels, float32 [K, 2]."""
-    return torch.stack([cells % columns, cells // columns], 1).float() * CELL
+    row, column = coarse.quotient(cells, columns)
+    return torch.stack([column, row], 1).float() * CELL

@@ -7,7 +7,6 @@ both kinds of pooling are plain reductions over the first axis, and upsampling i
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
@@ -33,6 +32,13 @@ class Grid(NamedTuple):
 class AggregatedAttention(nn.Module):
     """One layer; attribute names are the published keys. Only what `fuse` made of them is used by `forward`."""
 
+    pooling: Tensor
+    to_query: Tensor
+    to_key_value: Tensor
+    from_cell: Tensor
+    from_message: Tensor
+    to_cell: Tensor
+
     def __init__(self, rotary: bool) -> None:
         super().__init__()
         self.rotary = rotary
@@ -51,7 +57,8 @@ class AggregatedAttention(nn.Module):
         """Fold what is linear: the rotation's swap of channels and the softmax's scale into the projections; `merge`
         and upsampling commute, so that `merge` joins the half of the MLP that reads the message."""
         query, key = self.q_proj.weight.double() / (WIDTH // HEADS) ** 0.5, self.k_proj.weight.double()
-        value, first = self.v_proj.weight.double(), self.mlp[0].weight.double()
+        value = self.v_proj.weight.double()
+        first, second = (self.mlp.get_parameter(f"{index}.weight").double() for index in (0, 2))
         queries = [query, _rotated(query)] if self.rotary else [query]
         keys = [key, _rotated(key)] if self.rotary else [key]
         weights = {
@@ -60,7 +67,7 @@ class AggregatedAttention(nn.Module):
             "to_key_value": torch.cat([*keys, value]).T,
             "from_cell": first[:, :WIDTH].T,
             "from_message": (first[:, WIDTH:] @ self.merge.weight.double()).T,
-            "to_cell": self.mlp[2].weight.double().T,
+            "to_cell": second.T,
         }
         for name in ("aggregate", "q_proj", "k_proj", "v_proj", "merge", "mlp"):
             delattr(self, name)
@@ -113,26 +120,19 @@ class CoarseTransformer(nn.Module):
         return x0, x1
 
 
-def make_grid(rows: int, columns: int, scale: tuple[float, float], dtype: torch.dtype, matrix: bool) -> Grid:
-    """rows, columns: of 4x4 blocks. scale: of row and column positions (training size / size of this image).
+def make_grid(rows: int, columns: int, scale: float, dtype: torch.dtype) -> Grid:
+    """rows, columns: of 4x4 blocks. scale: what positions are multiplied by.
 
-    matrix: upsample by one matrix product (small fixed maps), or else by interpolation. The original rounds the tables
-    of the position encoding to fp16; so do we.
+    The original rounds the tables of the position encoding to fp16; so do we.
     """
     frequencies = torch.exp(torch.arange(64) * (-torch.log(torch.tensor(10000.0)) / 64))
-    row = (torch.arange(rows) + 1.0)[:, None] * scale[0] * frequencies
-    column = (torch.arange(columns) + 1.0)[:, None] * scale[1] * frequencies
+    row = (torch.arange(rows) + 1.0)[:, None] * scale * frequencies
+    column = (torch.arange(columns) + 1.0)[:, None] * scale * frequencies
     shape = (rows, columns, 64)
     # Channels 4k, 4k+1 turn with the row and 4k+2, 4k+3 with the column.
     angles = torch.stack([row[:, None].expand(shape), column[None].expand(shape)], -1)
     angles = angles[..., None].expand(*shape, 2, 2).reshape(rows * columns, 1, WIDTH)
-    cos, sin = angles.cos().half().to(dtype), angles.sin().half().to(dtype)
-    upsampling = None
-    if matrix:
-        vertical, horizontal = _linear_weights(rows), _linear_weights(columns)
-        upsampling = (vertical[:, None, :, None, :, None] * horizontal[None, :, None, :, None, :]).to(dtype)
-        upsampling = upsampling.reshape(BLOCK * BLOCK * rows * columns, rows * columns)
-    return Grid(rows, columns, cos, sin, upsampling)
+    return Grid(rows, columns, angles.cos().half().to(dtype), angles.sin().half().to(dtype), None)
 
 
 def to_blocks(x: Tensor, rows: int, columns: int) -> Tensor:
@@ -159,7 +159,7 @@ def _upsample(message: Tensor, grid: Grid) -> Tensor:
     return to_blocks(fine, grid.rows, grid.columns)
 
 
-def _linear_weights(count: int) -> Tensor:
+def linear_weights(count: int) -> Tensor:
     """[4, count, count]: weight of block k for cell (position in its block, block) under linear interpolation."""
     position = (torch.arange(BLOCK * count) + 0.5) / BLOCK - 0.5
     position = position.clamp(0, count - 1)

@@ -1,0 +1,198 @@
+"""MatchAnything-ELoFTR: equal to the original on its golden results, and every reformulation equal to what it replaces.
+
+Golden results: the original code in fp32 on seeded weights (see seeded.py), two images of one scene. `conditioning` of
+those runs: relative noise of 1e-6 on the input moves confidences by up to 1.0e-4 and keypoints by up to 3e-5 px.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import seeded
+import torch
+from torch.nn import functional as F
+
+from matchanything_ros.errors import UserError
+from matchanything_tools.checkpoints import load_strict
+from matchanything_tools.networks.eloftr import coarse, fine, network, transformer
+from matchanything_tools.networks.eloftr.backbone import RepVGG, RepVGGBlock
+from matchanything_tools.networks.eloftr.layouts import published_keys
+from matchanything_tools.networks.eloftr.network import EfficientLoFTR, Published
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+def published() -> Published:
+    module = Published()
+    load_strict(module, seeded.state("eloftr"), what="MatchAnything-ELoFTR", path=Path("seeded"))  # type: ignore[arg-type]
+    return module
+
+
+def gray(name: str) -> list[torch.Tensor]:
+    """The golden image pair as network inputs [1, 1, H, W]."""
+    files = [GOLDEN / f"{name}_gray{index}.png" for index in (0, 1)]
+    return [torch.from_numpy(cv2.imread(str(file), 0).astype(np.float32) / 255)[None, None] for file in files]
+
+
+def check_matches(name: str, outputs: list[np.ndarray]) -> None:
+    """The bounds of parity with the original: set of coarse matches, keypoints and scores."""
+    golden = np.load(GOLDEN / f"{name}.npz")
+    keypoints0, keypoints1, scores = outputs
+    assert (np.diff(scores) <= 0).all()
+    kept = scores > 0.01  # the threshold of the golden run
+    # Cells from keypoints: stage 1 leaves keypoints0 within its cell and keypoints1 within 2 px of its cell.
+    found = {
+        tuple(pair): row
+        for row, pair in enumerate(
+            np.concatenate([np.floor(keypoints0[kept] / 8 + 0.5), np.floor(keypoints1[kept] / 8 + 0.5)], 1).tolist()
+        )
+    }
+    expected = np.concatenate([golden["mkpts0_f"], golden["mkpts1_f"]], 1)
+    pairs = [tuple(row) for row in np.floor(expected / 8 + 0.5).tolist()]
+    common = [(index, found[pair]) for index, pair in enumerate(pairs) if pair in found]
+    assert len(common) >= 0.995 * len(pairs) and kept.sum() <= 1.005 * len(pairs) + 1
+    theirs, ours = (list(side) for side in zip(*common, strict=True))
+    error = np.abs(np.concatenate([keypoints0, keypoints1], 1)[ours] - expected[theirs]).max(1)
+    assert error.mean() < 0.02
+    assert (error < 0.1).mean() >= 0.99
+    assert np.abs(scores[ours] - golden["mconf"][theirs]).max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["eloftr_640x480_mask", pytest.param("eloftr_832", marks=pytest.mark.full)])
+def test_golden(name: str) -> None:
+    images = gray(name)
+    height, width = images[0].shape[2:]
+    net = EfficientLoFTR(published(), 1024, size=(height, width), square="mask" in name).eval()
+    with torch.inference_mode():
+        outputs = [value.numpy() for value in net(*images)]
+        check_matches(name, outputs)
+
+        golden = np.load(GOLDEN / f"{name}.npz")
+        assert net.fixed is not None
+        eighth = net._features(torch.cat(images))[2]
+        map0, map1 = net._transform(eighth[:1], eighth[1:], net.fixed(), net.fixed(), True)
+        ours = torch.cat([map0, map1]).numpy()[:, ::32, ::4, ::4]
+        theirs = golden["coarse_c32"][:, :, : ours.shape[2], : ours.shape[3]]
+        assert np.abs(ours - theirs).max() < 1e-3  # conditioning: 2.2e-4, of values of rms 3
+        assert not golden["coarse_c32"][:, :, ours.shape[2] :].any()
+        conf = coarse.confidence(map0.flatten(2)[0], map1.flatten(2)[0]).numpy()
+    index = golden["conf_top_ij"]
+    valid = (index < conf.shape[0]).all(1)  # the maps have one width, so that rows of padding are numbered last
+    assert valid.sum() > 1000
+    index = index[valid]
+    error = np.abs(conf[index[:, 0], index[:, 1]] - golden["conf_top_value"][valid])
+    assert error.max() < 1e-4
+
+
+def test_every_key_is_used_and_hugging_face_layout_loads() -> None:
+    state = seeded.state("eloftr")
+    assert len(state) == 447 == len(Published().state_dict())
+    # One key of each kind, written as transformers writes it.
+    theirs = {
+        "efficientloftr.backbone.stages.0.blocks.0.conv1.conv.weight": "backbone.layer0.rbr_dense.conv.weight",
+        "efficientloftr.backbone.stages.2.blocks.3.identity.running_var": "backbone.layer2.3.rbr_identity.running_var",
+        "efficientloftr.backbone.stages.3.blocks.0.conv2.norm.bias": "backbone.layer3.0.rbr_1x1.bn.bias",
+        "efficientloftr.local_feature_transformer.layers.1.cross_attention.attention.o_proj.weight": (
+            "loftr_coarse.layers.3.merge.weight"
+        ),
+        "efficientloftr.local_feature_transformer.layers.3.self_attention.mlp.layer_norm.weight": (
+            "loftr_coarse.layers.6.norm2.weight"
+        ),
+        "efficientloftr.local_feature_transformer.layers.0.self_attention.aggregation.q_aggregation.weight": (
+            "loftr_coarse.layers.0.aggregate.weight"
+        ),
+        "refinement_layer.out_conv.weight": "fine_preprocess.layer3_outconv.weight",
+        "refinement_layer.out_conv_layers.0.batch_norm.running_mean": "fine_preprocess.layer2_outconv2.1.running_mean",
+        "refinement_layer.out_conv_layers.1.out_conv3.weight": "fine_preprocess.layer1_outconv2.3.weight",
+    }
+    renamed = published_keys({key: torch.tensor(float(n)) for n, key in enumerate(theirs)})
+    assert list(renamed) == list(theirs.values()) and set(renamed) <= set(state)
+    assert list(published_keys(state)) == list(state)  # type: ignore[arg-type]
+
+
+def test_wrong_checkpoints() -> None:
+    state = dict(seeded.state("eloftr"))
+    state["backbone.layer0.rbr_dense.conv.wait"] = state.pop("backbone.layer0.rbr_dense.conv.weight")
+    with pytest.raises(UserError, match=r"1 missing: backbone\.layer0\.rbr_dense\.conv\.weight; 1 unexpected"):
+        load_strict(Published(), state, what="MatchAnything-ELoFTR", path=Path("x"))  # type: ignore[arg-type]
+    other = seeded.state("aliked-n16")
+    with pytest.raises(UserError, match=r"447 missing.*76 unexpected.*looks like ALIKED-n16") as caught:
+        load_strict(Published(), other, what="MatchAnything-ELoFTR", path=Path("x"))  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 900
+
+
+def test_fused_backbone_equals_trained_form() -> None:
+    backbone = published().backbone.eval()
+    image = torch.rand(1, 1, 64, 96, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        trained = backbone(image)
+        backbone.fuse()
+        fused = backbone(image)
+    assert not any(isinstance(part, RepVGGBlock) for part in backbone.modules()) and isinstance(backbone, RepVGG)
+    for before, after in zip(trained, fused, strict=True):
+        assert (before - after).abs().max() < 1e-5 * before.abs().max()
+
+
+def test_padding_that_is_left_out_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A square of zeros around the image is computed only as far as it can be seen."""
+    images = [image[:, :, :224, :608] for image in gray("eloftr_640x480_mask")]
+    results = []
+    for seen, margin in ((network.PADDING_SEEN, network.PYRAMID_MARGIN), (10_000, 10_000)):
+        monkeypatch.setattr(network, "PADDING_SEEN", seen)
+        monkeypatch.setattr(network, "PYRAMID_MARGIN", margin)
+        net = EfficientLoFTR(published(), 64, size=(224, 608), square=True).eval()
+        with torch.inference_mode():
+            results.append(torch.cat([value.reshape(64, -1) for value in net(*images)], 1))
+    assert (results[0] - results[1]).abs().max() < 1e-4  # sums in another order at most
+
+
+def test_best_pairs_are_those_of_the_whole_matrix() -> None:
+    generator = torch.Generator().manual_seed(3)
+    size0, size1 = (9, 7), (6, 8)
+    conf = torch.rand(63, 48, generator=generator)
+    conf[30] += 2  # one cell with many partners: there is no mutual test
+    mask0, mask1 = torch.zeros(size0), torch.zeros(size1)
+    mask0[2:-2, 2:-2], mask1[2:-2, 2:-2] = 1, 1
+    inside = conf * mask0.reshape(-1, 1) * mask1.reshape(1, -1)
+    for count in (1, 13, 120, 500):
+        scores, cells0, cells1 = coarse.best_pairs(conf, size0, size1, count)
+        real = min(count, int((inside > 0).sum()))
+        assert torch.equal(scores[:real], inside.flatten().sort(descending=True)[0][:real])
+        assert not scores[real:].any()
+        assert torch.equal(conf[cells0[:real], cells1[:real]], scores[:real])
+        assert len({*zip(cells0[:real].tolist(), cells1[:real].tolist(), strict=True)}) == real
+
+
+def test_windows_equal_those_cut_at_full_resolution() -> None:
+    features = torch.rand(1, 64, 32, 48, generator=torch.Generator().manual_seed(4))  # half of 64 x 96
+    full = F.interpolate(features, scale_factor=2, mode="bilinear", align_corners=False)
+    cells = torch.tensor([2 * 12 + 2, 5 * 12 + 9, 3 * 12 + 4])
+    refinement = fine.Refinement()
+    cut = fine.windows(features, cells, 12)
+    for row, cell in enumerate(cells.tolist()):
+        y, x = 8 * (cell // 12), 8 * (cell % 12)
+        window0 = full[0, :, y : y + 8, x : x + 8].flatten(1).T
+        window1 = full[0, :, y - 1 : y + 9, x - 1 : x + 9].flatten(1).T
+        assert torch.allclose(refinement.up0 @ cut[row], window0, atol=1e-6)
+        assert torch.allclose(refinement.up1 @ cut[row], window1, atol=1e-6)
+    assert torch.equal(refinement.up1_inner_first[:64], refinement.up0)
+
+
+def test_upsampling_by_matrix_equals_interpolation() -> None:
+    rows, columns = 3, 5
+    message = torch.rand(rows * columns, 2, 16, generator=torch.Generator().manual_seed(5))
+    grid = transformer.make_grid(rows, columns, 1.0, torch.float32)
+    fixed = network._FixedGrid(grid)()
+    assert fixed.upsampling is not None and grid.upsampling is None
+    assert torch.allclose(transformer._upsample(message, fixed), transformer._upsample(message, grid), atol=1e-6)
+
+
+def test_positions_are_rescaled_to_training_size() -> None:
+    """At twice the training size every second position has the angle of training (tables are rounded to fp16)."""
+    plain = transformer.make_grid(4, 4, 1.0, torch.float32)
+    scaled = transformer.make_grid(8, 8, 0.5, torch.float32)
+    odd = torch.arange(64).reshape(8, 8)[1::2, 1::2].flatten()
+    assert torch.equal(scaled.cos[odd], plain.cos) and torch.equal(scaled.sin[odd], plain.sin)
