@@ -226,11 +226,11 @@ def plot(
         y = at(first, tick).split()[1]
         parts.append(f'<path d="M{LEFT} {y}H{WIDTH - 8}" stroke="var(--line)"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        time = first + share * (last - first)
-        anchor = "end" if share == 1 else "middle"
-        x = at(time, 0).split()[0]
-        parts.append(f'<text x="{x}" y="{HEIGHT - 6}" text-anchor="{anchor}">{time - first:.3g} s</text>')
+    for time in _ticks(last - first)[1]:
+        if time <= (last - first) * 1.001:
+            x = at(first + time, 0).split()[0]
+            anchor = "end" if float(x) > WIDTH - 30 else "middle"
+            parts.append(f'<text x="{x}" y="{HEIGHT - 6}" text-anchor="{anchor}">{time:.4g} s</text>')
     for colour, (xs, ys) in zip(COLOURS, series.values(), strict=False):
         pen, path = "M", ""
         for time, value in zip(xs, ys, strict=True):

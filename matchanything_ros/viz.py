@@ -39,7 +39,7 @@ def draw_matches(
     truth: Matrix | None = None,
     caption: str = "",
     width: int = 1280,
-    max_lines: int = 100,
+    max_lines: int = 80,
 ) -> Picture:
     """Both images side by side at one height, `width` pixels in all, with their matches.
 
@@ -68,9 +68,10 @@ def draw_matches(
     canvas = np.asarray(cv2.addWeighted(lines, 0.35, canvas, 0.65, 0), np.uint8)
     for index in _spread(p0, np.flatnonzero(good), max_lines):
         _line(canvas, p0[index], p1[index], colours[index], unit)
+    radius = unit * (2.5 if len(p0) <= 500 else 1.5)  # thousands of large dots would hide the images
     for index in (*outliers, *np.flatnonzero(good)):  # inliers last, on top
-        _dot(canvas, p0[index], colours[index], unit)
-        _dot(canvas, p1[index], colours[index], unit)
+        _dot(canvas, p0[index], colours[index], radius)
+        _dot(canvas, p1[index], colours[index], radius)
     panel = canvas[: right.shape[0], left.shape[1] + GAP :]
     for matrix, colour in ((truth, TRUTH), (homography, OUTLINE)):
         if matrix is not None:
@@ -197,9 +198,8 @@ def _line(
     cv2.line(canvas, _fixed(a), _fixed(b), colour, thickness, cv2.LINE_AA, SUBPIXEL)
 
 
-def _dot(canvas: Picture, point: npt.NDArray[np.float64], colour: tuple[int, int, int], unit: int) -> None:
-    radius = round((1 + unit) * (1 << SUBPIXEL))
-    cv2.circle(canvas, _fixed(point), radius, colour, -1, cv2.LINE_AA, SUBPIXEL)
+def _dot(canvas: Picture, point: npt.NDArray[np.float64], colour: tuple[int, int, int], radius: float) -> None:
+    cv2.circle(canvas, _fixed(point), round(radius * (1 << SUBPIXEL)), colour, -1, cv2.LINE_AA, SUBPIXEL)
 
 
 def _outline(
