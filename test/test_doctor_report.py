@@ -14,7 +14,8 @@ import pytest
 
 from matchanything_ros import doctor
 from matchanything_ros.cli import main
-from matchanything_ros.report import Figure, PairRecord, plot, summarise, write_report
+from matchanything_ros.plot import plot
+from matchanything_ros.report import Figure, PairRecord, summarise, write_report
 
 
 def test_doctor_names_every_topic_and_exits_0(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,11 +17,11 @@ from rosbags.highlevel import AnyReader
 from trivial_bundle import write_trivial_bundle
 
 from matchanything_ros import Matcher, estimate_homography
+from matchanything_ros.bagplayer import BagPlayer
 from matchanything_ros.cli import main
 from matchanything_ros.matcher import Matches
 from matchanything_ros.messages import read_correspondences, read_homography
 from matchanything_ros.pairing import Pairing
-from matchanything_ros.replay import Replay
 
 PAIRS = Path(__file__).parent / "data" / "pairs"
 MS = 1_000_000
@@ -131,7 +131,7 @@ class SlowMatcher:
 @pytest.mark.parametrize("live", [False, True])
 def test_bag_rate_drops_what_a_busy_node_drops(bundle: Path, live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """At 10 Hz and 0.25 s a pair: the pair at 0 s runs until 0.25 s, then the newest (0.2 s) until 0.5 s, and so on."""
-    played = Replay(SlowMatcher(bundle), Pairing(0.05), None, 3.0)  # type: ignore[arg-type]
+    played = BagPlayer(SlowMatcher(bundle), Pairing(0.05), None, 3.0)  # type: ignore[arg-type]
     monkeypatch.setattr(played, "_record", lambda *args: None)
     from types import SimpleNamespace
 
