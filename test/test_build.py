@@ -16,7 +16,7 @@ from tiny_bundle import LARGEST, SIZE, SMALLEST, write_bundle
 
 import matchanything_ros
 from matchanything_ros import cli
-from matchanything_ros.bundle import sha256_of
+from matchanything_ros.bundle import BUNDLES, load_bundle, sha256_of
 from matchanything_ros.engines.buildlog import ADVICE
 from matchanything_ros.engines.plan import find_plans, read_manifest
 from matchanything_ros.errors import UserError
@@ -173,3 +173,29 @@ def test_no_torch_and_no_onnx_are_imported(tmp_path: Path) -> None:
     code = "import sys, matchanything_tools.build as b; print([m for m in ('torch', 'onnx') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], env=_environment(tmp_path), capture_output=True, text=True)
     assert out.stdout == "[]\n", out.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_build_is_one_sentence_and_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    bundle = write_bundle(tmp_path)
+    before = signal.getsignal(number)
+    sent: list[str] = []
+
+    def interrupt(phase: str, step: int, steps: int) -> None:
+        if not sent:
+            sent.append(phase)
+            os.kill(os.getpid(), number)
+            time.sleep(0.5)  # the main thread sees the signal, TensorRT goes on
+
+    with pytest.raises(UserError, match="interrupted; nothing was written"):
+        make_plan(bundle, targets=("sm_86",), progress=interrupt)
+    assert sent and signal.getsignal(number) is before
+    assert list(tmp_path.glob("tiny*.plan*")) == [] and list(tmp_path.glob(".*.tmp")) == []
+
+
+@pytest.mark.parametrize("file", sorted(BUNDLES.glob("*.onnx")), ids=lambda file: file.stem)
+def test_packaged_bundles_build(file: Path) -> None:
+    bundle = load_bundle(file)
+    profile = {spec.name: (spec.opt, spec.opt, spec.opt) for spec in bundle.manifest.inputs}
+    built = build_engine(bundle, target="sm_86", profile=profile)
+    assert memoryview(built.data).nbytes > 100_000 and built.profile == profile
