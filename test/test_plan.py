@@ -32,6 +32,8 @@ from matchanything_ros.engines.plan import (
 )
 from matchanything_ros.errors import UserError
 from matchanything_ros.matcher import Matcher
+from matchanything_ros.pairing import Pairing
+from matchanything_ros.worker import Worker
 
 ORIN = Device("Orin", "8.7", "12.6", "540.4.0")
 TRT = Flavour("tensorrt", "10.3.0", None)
@@ -285,6 +287,43 @@ def test_background_build_is_the_real_command(tmp_path: Path, monkeypatch: pytes
     _until_ended(build)
     assert build.failed and re.search("There is no (GPU|usable TensorRT) here", build.status()), build.status()
     build.close()
+
+
+def test_after_a_lost_context_the_node_can_be_configured_again(machine: Machine) -> None:
+    """What the node does with its worker: a failed frame, cleanup, configure, and frames work again."""
+    images = np.random.Generator(np.random.PCG64(2)).integers(0, 256, (2, 60, 80, 3), np.uint8)
+    results: list[Any] = []
+
+    def work(matcher: Matcher, pair: Any) -> None:
+        try:
+            results.append(len(matcher.match(pair.image0, pair.image1)))
+        except UserError as error:
+            results.append(str(error))
+
+    def frame(worker: Worker, stamp: int) -> None:
+        count = len(results)
+        for camera in (0, 1):
+            worker.add(camera, stamp, images[camera])
+        deadline = time.monotonic() + 20
+        while len(results) == count:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    def configured() -> Worker:
+        return Worker(lambda: Matcher(machine.bundle, "tensorrt"), Pairing(0.05), work)
+
+    worker = configured()
+    frame(worker, 1)
+    machine.cuda.fail["synchronize"] = machine.cuda.LogicError("cuStreamSynchronize failed: an illegal memory access")
+    frame(worker, 2)
+    frame(worker, 3)
+    worker.stop()
+    assert machine.cuda.retained == 0 and machine.cuda.memory == []
+    worker = configured()
+    frame(worker, 4)
+    worker.stop()
+    assert results[0] == results[3] == 12
+    assert all("context is lost: clean the node up and configure it again" in result for result in results[1:3])
 
 
 def test_a_matcher_goes_over_to_the_plan_once_it_is_there(machine: Machine) -> None:

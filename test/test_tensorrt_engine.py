@@ -15,7 +15,8 @@ from tensorrt_double import TensorRTDouble, plan_bytes
 from tensorrt_machine import Machine
 from tiny_bundle import LARGEST, MATCHES, SIZE, SMALLEST, expected
 
-from matchanything_ros.engines.cuda import CudaFailure, CudaWorker, explain
+from matchanything_ros.engines.cuda import CudaWorker
+from matchanything_ros.engines.cuda_errors import CudaFailure, explain
 from matchanything_ros.engines.parity import check_parity
 from matchanything_ros.errors import UserError
 from matchanything_ros.preprocess import prepare

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from matchanything_ros.bundle import Bundle, Size, load_bundle
 from matchanything_ros.engines.buildlog import BuildLog, parser_sentence, trt_logger
 from matchanything_ros.engines.device import Device, current_device
 from matchanything_ros.engines.flavour import Flavour, load_flavour
+from matchanything_ros.engines.interruptible import interruptible
 from matchanything_ros.engines.plan import Profile
 from matchanything_ros.errors import UserError
 
@@ -93,7 +92,7 @@ def build_engine(
     stop = threading.Event()
     config.progress_monitor = monitor = _monitor(trt, progress, stop)
     start = time.monotonic()
-    plan = _interruptible(lambda: builder.build_serialized_network(network, config), stop)
+    plan = interruptible(lambda: builder.build_serialized_network(network, config), stop)
     seconds = time.monotonic() - start
     del monitor
     if plan is None:
@@ -172,45 +171,3 @@ def _monitor(trt: Any, progress: Progress | None, stop: threading.Event) -> Any:
             return not stop.is_set()
 
     return Monitor()
-
-
-def _interruptible(work: Callable[[], Any], stop: threading.Event) -> Any:
-    """Run `work` in a thread, so that SIGINT and SIGTERM are seen while TensorRT is busy; they set `stop`."""
-    result: list[Any] = []
-    failure: list[BaseException] = []
-
-    def body() -> None:
-        try:
-            result.append(work())
-        except BaseException as error:  # handed to the caller
-            failure.append(error)
-
-    thread = threading.Thread(target=body, name="tensorrt-build", daemon=True)
-    with _signals_set(stop):
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.2)
-    if failure:
-        raise failure[0]
-    return result[0]
-
-
-@contextmanager
-def _signals_set(stop: threading.Event) -> Iterator[None]:
-    """SIGINT and SIGTERM set `stop` meanwhile; a second one does what it did before. Only the main thread may do so."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handler(number: int, frame: Any) -> None:
-        stop.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

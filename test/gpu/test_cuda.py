@@ -22,7 +22,8 @@ from gpu.stand_in import expected, open_stand_in
 
 import matchanything_ros
 from matchanything_ros.bundle import InputSpec, Preprocess
-from matchanything_ros.engines.cuda import CudaFailure, CudaWorker
+from matchanything_ros.engines.cuda import CudaWorker
+from matchanything_ros.engines.cuda_errors import CudaFailure
 from matchanything_ros.engines.gpu_preprocess import GpuPreprocessor
 from matchanything_ros.preprocess import prepare
 
@@ -197,7 +198,7 @@ CHILD = textwrap.dedent(
 )
 LOOP = "print('ready', flush=True)\nwhile True: engine.run_images((image, image))"
 NEW_ENGINE = """
-from matchanything_ros.engines.cuda import CudaFailure
+from matchanything_ros.engines.cuda_errors import CudaFailure
 kernel = engine._preprocessor._rows
 def bad():
     kernel.prepared_async_call((1, 1), (32, 8, 1), engine._worker.stream, 64, 8, 8, 3, 0, 64, 64, 1, 8, 64)
