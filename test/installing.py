@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # what pytest brings there
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # The ROS wheels set the first two once per process tree, and a second environment started from here would load the
 # libraries of this one; the others would make it see our source tree or our ROS.
 NOT_INHERITED = (

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
-import sys
 import xml.etree.ElementTree as ElementTree
 
-import pytest
-from installing import ROOT
+from installing import PYPROJECT, ROOT
 
 from matchanything_ros.homography import Status
+from matchanything_ros.parameters import Parameters
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover
-    tomllib = pytest.importorskip("tomli")
-
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = PYPROJECT["project"]
 MANIFEST = ElementTree.parse(ROOT / "package.xml").getroot()
 
 
@@ -77,3 +72,41 @@ def test_robot_side_does_not_import_torch() -> None:
         assert not re.search(
             r"^\s*(import|from) (torch|onnx|onnxscript|safetensors)\b", path.read_text(), re.MULTILINE
         ), path
+
+
+def test_launch_file_passes_on_only_parameters_that_exist() -> None:
+    overrides: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / "launch" / "match.launch.py").read_text())):
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Dict)
+            and ast.unparse(node.targets[0]) == "OVERRIDES"
+        ):
+            overrides = {ast.literal_eval(key) for key in node.value.keys if key is not None}
+    known = {field.name for field in dataclasses.fields(Parameters)} | {"use_sim_time"}
+    assert {"bundle", "backend"} <= overrides <= known
+
+
+def test_config_file_has_every_parameter_with_its_default() -> None:
+    text = (ROOT / "config" / "match.yaml").read_text()
+    written = dict(re.findall(r"^    ([a-z_0-9]+): (.+)$", text, re.MULTILINE))
+    defaults = {field.name: field.default for field in dataclasses.fields(Parameters)}
+    assert written.keys() == defaults.keys()
+    for name, default in defaults.items():
+        value = written[name]
+        got = (
+            value
+            if isinstance(default, str)
+            else ast.literal_eval(value.capitalize() if value in ("true", "false") else value)
+        )
+        assert (got.strip('"') if isinstance(got, str) else tuple(got) if isinstance(got, list) else got) == default, (
+            name
+        )
+
+
+def test_launch_and_config_folders_are_installed_and_the_node_is_executable() -> None:
+    cmake = (ROOT / "CMakeLists.txt").read_text()
+    assert "install(DIRECTORY launch config DESTINATION share/${PROJECT_NAME})" in cmake
+    for name in ("match_node", "matchanything"):
+        assert (ROOT / "scripts" / name).stat().st_mode & 0o111 == 0o111, f"scripts/{name} must be executable"
+        assert f"scripts/{name} DESTINATION" in cmake
