@@ -251,6 +251,16 @@ class TestImages:
         assert not {"mem_alloc", "pagelocked_empty", "free", "memcpy_htod"} & set(machine.cuda.calls)
         engine.close()
 
+    def test_images_of_ever_new_sizes_do_not_fill_the_device(self, machine: Machine) -> None:
+        engine = machine.open()
+        counts = []
+        for side in range(100, 40, -1):  # shrinking: the buffers of the images stay
+            image = np.zeros((side, side, 3), np.uint8)
+            engine.run_images((image, image))
+            counts.append(len(machine.cuda.memory))
+        assert max(counts) <= counts[0] + 64 and max(counts[30:]) == max(counts[:30])
+        engine.close()
+
     def test_views_of_images_are_taken_as_they_are(self, machine: Machine) -> None:
         engine = machine.open()
         image = np.random.Generator(np.random.PCG64(6)).integers(0, 256, (120, 160, 3), np.uint8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from matchanything_ros.resample import resize_matrix
 # PTX, which any driver from CUDA 11.8 on compiles for its own GPU: no nvcc is needed on the robot.
 PTX = Path(__file__).with_name("kernels.ptx")
 BLOCK = (32, 8, 1)
+MOST_TABLES = 16
 _ROWS = "PiiiiPPiiP"
 _COLUMNS = "PiiiPPiiiiiiP"
 
@@ -47,11 +47,13 @@ def axes(height: int, width: int, preprocess: Preprocess, content: tuple[int, in
     stages.append((sizes, content, preprocess.interpolation))
     tables = []
     for axis in (0, 1):
-        matrix = np.eye((height, width)[axis], dtype=np.float64)
+        matrix: npt.NDArray[np.float64] | None = None
         for source, target, kernel in stages:
             if kernel == "area" and (target[0] > source[0] or target[1] > source[1]):
                 kernel = "linear"  # as resample.resize does
-            matrix = _matrix(source[axis], target[axis], kernel) @ matrix
+            stage = _matrix(source[axis], target[axis], kernel)
+            matrix = stage if matrix is None else stage @ matrix
+        assert matrix is not None
         tables.append(_band(matrix))
     return tables[0], tables[1]
 
@@ -110,7 +112,7 @@ class GpuPreprocessor:
         self._columns.prepare(_COLUMNS)
         self._images: dict[int, tuple[Any, Any, int]] = {}  # image 0 or 1 -> page-locked, device, bytes
         self._between: tuple[Any, int] | None = None
-        self._axis = lru_cache(maxsize=16)(self._upload_axes)
+        self._tables: dict[Any, list[tuple[Any, Any, int]]] = {}
 
     def upload(self, index: int, image: Image) -> None:
         """Start copying uint8 image `index`, gray [H, W] or RGB [H, W, 3], to the device."""
@@ -163,16 +165,22 @@ class GpuPreprocessor:
             self._between = (self._worker.device_memory(size), size)
         return self._between[0]
 
-    def _upload_axes(self, height: int, width: int, preprocess: Preprocess, content: tuple[int, int]) -> Any:
-        result = []
-        for axis in axes(height, width, preprocess, content):
-            pair = []
-            for array in (axis.first, axis.weights):
-                buffer = self._worker.device_memory(array.nbytes)
-                self._worker.drv.memcpy_htod(buffer, array)
-                pair.append(int(buffer))
-            result.append((*pair, axis.taps))
-        return tuple(result)
+    def _axis(self, height: int, width: int, preprocess: Preprocess, content: tuple[int, int]) -> list[tuple[int, ...]]:
+        """For both axes: the addresses of the table's two arrays, and its taps."""
+        key = (height, width, preprocess, content)
+        if key not in self._tables:
+            if len(self._tables) == MOST_TABLES:  # images of ever new sizes: forget, rather than fill the device
+                self._worker.stream.synchronize()
+                self._worker.free(*(buffer for pair in self._tables.values() for axis in pair for buffer in axis[:2]))
+                self._tables.clear()
+            self._tables[key] = [self._upload_axis(axis) for axis in axes(height, width, preprocess, content)]
+        return [(int(first), int(weights), taps) for first, weights, taps in self._tables[key]]
+
+    def _upload_axis(self, axis: Axis) -> tuple[Any, Any, int]:
+        first, weights = (self._worker.device_memory(array.nbytes) for array in (axis.first, axis.weights))
+        self._worker.drv.memcpy_htod(first, axis.first)
+        self._worker.drv.memcpy_htod(weights, axis.weights)
+        return first, weights, axis.taps
 
 
 def _grid(width: int, height: int) -> tuple[int, int]:
