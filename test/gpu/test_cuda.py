@@ -199,8 +199,8 @@ CHILD = textwrap.dedent(
 LOOP = "print('ready', flush=True)\nwhile True: engine.run_images((image, image))"
 NEW_ENGINE = """
 from matchanything_ros.engines.cuda_errors import CudaFailure
-kernel = engine._preprocessor._rows
 def bad():
+    kernel = engine._preprocessor._rows
     kernel.prepared_async_call((1, 1), (32, 8, 1), engine._worker.stream, 64, 8, 8, 3, 0, 64, 64, 1, 8, 64)
     engine._worker.stream.synchronize()
 try:
@@ -292,7 +292,7 @@ def test_onnx_runtime_on_cuda_in_the_same_process(drv: Any, tmp_path: Path, repo
         return made
 
     def compare(which: Any) -> None:
-        np.testing.assert_allclose(which.run(None, {"x": x})[0], wanted, atol=2e-2)  # TF32 is on by default there
+        np.testing.assert_allclose(which.run(None, {"x": x})[0], wanted, atol=5e-2)  # TF32 is on by default there
 
     before = session()
     compare(before)
