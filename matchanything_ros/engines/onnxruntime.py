@@ -85,8 +85,8 @@ class OnnxRuntimeEngine:
                 self._binding.bind_output(output.name, "cuda", 0)
 
     def _open_cuda(self, wants_graph: bool, required: bool) -> Any:
-        # use_tf32=0 would bar cuDNN from every tensor-core kernel, those of fp16 too (measured: 5 times slower). So it is
-        # allowed here and forbidden below, where NVIDIA's libraries themselves keep fp32 products in fp32.
+        # use_tf32=0 would bar cuDNN from every tensor-core kernel, also those of fp16 (measured: 5 times slower). So it
+        # is allowed here and forbidden one level below, where NVIDIA's libraries keep fp32 products in fp32.
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
         common = {
             "device_id": "0",
