@@ -57,6 +57,9 @@ class MatchNode(LifecycleNode):
         self._subscriptions_of_images: list[Any] = []
         self._publishers_of_results: list[Any] = []
         self._state, self._problem, self._qos_problem = "unconfigured", "", ["", ""]
+        if (service := getattr(self, "_service_change_state", None)) is not None:
+            change_state = service.callback
+            service.callback = lambda request, response: self._guard(change_state, request, response)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         # Reports go on while the simulated clock stands still.
         self.create_timer(1.0, self._report, clock=Clock(clock_type=ClockType.STEADY_TIME))
@@ -158,6 +161,16 @@ class MatchNode(LifecycleNode):
         self._problem = f"A transition from {state.label} failed: see the log, then configure again."
         self.get_logger().error(self._problem)
         return self.on_cleanup(state)
+
+    def _guard(self, change_state: Any, request: Any, response: Any) -> Any:
+        """rclpy raises, which would end the process, if somebody asks for a transition that this state does not have."""
+        try:
+            return change_state(request, response)
+        except Exception as error:
+            wanted = request.transition.label or request.transition.id
+            self.get_logger().error(f"There is no transition {wanted} from state {self._state} ({error}).")
+            response.success = False
+            return response
 
     def _refuse(self, sentence: str) -> TransitionCallbackReturn:
         self._problem = sentence

@@ -16,9 +16,15 @@ GRID = (8, 10)  # rows, columns
 
 
 def write_trivial_bundle(
-    onnx_path: Path, size: tuple[int, int] = (120, 160), shift: tuple[float, float] = (6.0, -4.0)
+    onnx_path: Path,
+    size: tuple[int, int] = (120, 160),
+    shift: tuple[float, float] = (6.0, -4.0),
+    work: int = 0,
 ) -> Path:
-    """Write the bundle to `onnx_path` (NAME.onnx). size: (height, width) of the input; shift: (x, y) in its pixels."""
+    """Write the bundle to `onnx_path` (NAME.onnx). size: (height, width) of the input; shift: (x, y) in its pixels.
+
+    work: side of a square matrix product that is computed for nothing, for a network that takes its time.
+    """
     onnx = pytest.importorskip("onnx", reason="onnx makes the test's network")
     from onnx import TensorProto, helper, numpy_helper
 
@@ -44,6 +50,14 @@ def write_trivial_bundle(
         helper.make_node("Add", ["moved", "none1"], ["keypoints1"]),
         helper.make_node("Add", ["falling", "none0"], ["scores"]),
     ]
+    if work:
+        constants["square"] = np.array([work, work], np.int64)
+        nodes[1:1] = [
+            helper.make_node("Expand", ["top0", "square"], ["wide"]),
+            helper.make_node("MatMul", ["wide", "wide"], ["product"]),
+            helper.make_node("ReduceMax", ["product"], ["heavy0"], keepdims=0),
+        ]
+        nodes[4].input[0] = "heavy0"
     shapes = {"keypoints0": points.shape, "keypoints1": points.shape, "scores": points.shape[:1]}
     graph = helper.make_graph(
         nodes,
