@@ -16,7 +16,6 @@ from rclpy.clock import Clock, ClockType
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.qos import QoSHistoryPolicy, QoSProfile, QoSReliabilityPolicy, qos_policy_name_from_kind
-from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CompressedImage, Image
 
@@ -129,7 +128,7 @@ class MatchNode(LifecycleNode):
                 event_callbacks=SubscriptionEventCallbacks(
                     incompatible_qos=lambda event, camera=camera: self._on_incompatible_qos(camera, event)
                 ),
-                qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+                qos_overriding_options=parameters.qos_overrides(self, topic),
             )
             self._subscriptions_of_images.append(subscription)
         self._state = "active"
@@ -163,7 +162,7 @@ class MatchNode(LifecycleNode):
         return self.on_cleanup(state)
 
     def _guard(self, change_state: Any, request: Any, response: Any) -> Any:
-        """rclpy raises, which would end the process, if somebody asks for a transition that this state does not have."""
+        """rclpy raises, which would end the process, when asked for a transition that this state does not have."""
         try:
             return change_state(request, response)
         except Exception as error:

@@ -153,9 +153,24 @@ def replaced(settings: Parameters, changes: Mapping[str, Any]) -> Parameters:
     return dataclasses.replace(settings, **{name: _plain(value) for name, value in changes.items()})
 
 
+def qos_overrides(node: Any, topic: str) -> Any:
+    """The options for an image subscription, with those policies that were given at start as qos_overrides.<topic>.
+
+    rclpy declares each as a read-only parameter that outlives the subscription: all of them, always, would pin the
+    first values, and image_qos and queue_size could never change.
+    """
+    from rclpy.qos_overriding_options import QoSOverridingOptions, QoSPolicyKind
+
+    given = getattr(node, "_parameter_overrides", None)  # rclpy has no public way to ask
+    if given is None:
+        return QoSOverridingOptions.with_default_policies()
+    prefix = f"qos_overrides.{topic}.subscription."
+    return QoSOverridingOptions([kind for kind in QoSPolicyKind if prefix + kind.name.lower() in given])
+
+
 def misspelt(node: Any) -> list[str]:
     """A sentence for each parameter that was given at start and is not ours: ROS itself would ignore it silently."""
-    given = getattr(node, "_parameter_overrides", {})  # rclpy has no public way to ask
+    given = getattr(node, "_parameter_overrides", {})
     sentences = []
     for name in given:
         if name not in FIELDS and not name.startswith("qos_overrides.") and not node.has_parameter(name):

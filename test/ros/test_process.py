@@ -16,6 +16,8 @@ from sensor_msgs.msg import CompressedImage
 from matchanything_ros.bundle import load_bundle
 from matchanything_ros.msg import Homography
 
+pytestmark = pytest.mark.ros
+
 GRAY = np.random.default_rng(0).integers(0, 256, (120, 160), np.uint8)
 Start = Callable[..., Client]
 
