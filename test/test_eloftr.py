@@ -184,7 +184,7 @@ def test_windows_equal_those_cut_at_full_resolution() -> None:
 def test_upsampling_by_matrix_equals_interpolation() -> None:
     rows, columns = 3, 5
     message = torch.rand(rows * columns, 2, 16, generator=torch.Generator().manual_seed(5))
-    grid = transformer.make_grid(rows, columns, 1.0, torch.float32)
+    grid = transformer.make_grid(rows, columns, 1.0, torch.empty(0))
     fixed = network._FixedGrid(grid)()
     assert fixed.upsampling is not None and grid.upsampling is None
     assert torch.allclose(transformer._upsample(message, fixed), transformer._upsample(message, grid), atol=1e-6)
@@ -192,7 +192,7 @@ def test_upsampling_by_matrix_equals_interpolation() -> None:
 
 def test_positions_are_rescaled_to_training_size() -> None:
     """At twice the training size every second position has the angle of training (tables are rounded to fp16)."""
-    plain = transformer.make_grid(4, 4, 1.0, torch.float32)
-    scaled = transformer.make_grid(8, 8, 0.5, torch.float32)
+    plain = transformer.make_grid(4, 4, 1.0, torch.empty(0))
+    scaled = transformer.make_grid(8, 8, 0.5, torch.empty(0))
     odd = torch.arange(64).reshape(8, 8)[1::2, 1::2].flatten()
     assert torch.equal(scaled.cos[odd], plain.cos) and torch.equal(scaled.sin[odd], plain.sin)

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import platform
+import shlex
 import shutil
 import tempfile
 import warnings
@@ -106,7 +107,7 @@ def export(item: Exportable, out: Path, command: Sequence[str] = ()) -> Bundle:
                 "onnx": onnx.__version__,
                 "python": platform.python_version(),
                 "opset": OPSET,
-                "command": " ".join(command),
+                "command": shlex.join(command),
             },
         )
         path.with_suffix(".json").write_text(manifest.to_json(), encoding="utf-8")

@@ -32,7 +32,7 @@ def best_pairs(conf: Tensor, size0: tuple[int, int], size1: tuple[int, int], cou
     (h0, w0), (h1, w1) = size0, size1
     inner = conf.reshape(h0 * w0 * h1, w1)[:, BORDER : w1 - BORDER]
     width = w1 - 2 * BORDER
-    stretch = inner.amax(1).reshape(h0 * w0, h1) * _inside(h0, w0).reshape(-1, 1) * _rows_inside(h1)
+    stretch = inner.amax(1).reshape(h0 * w0, h1) * _allowed(h0, w0, h1, conf.device)
     rows = _largest(stretch.amax(1), count)[1]
     chosen, place = _largest(stretch.index_select(0, rows).reshape(-1), count)
     source, rows1 = quotient(place, h1)
@@ -59,11 +59,12 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return best * inside.to(best.dtype), torch.where(inside, index, torch.zeros_like(index))
 
 
-def _rows_inside(height: int) -> Tensor:
-    index = torch.arange(height)
-    return ((index >= BORDER) & (index < height - BORDER)).to(torch.float32)
+def _allowed(h0: int, w0: int, h1: int, device: torch.device) -> Tensor:
+    """[h0 * w0, h1] float32: 1 where neither the cell of image 0 nor the row of image 1 lies in the border."""
+    rows0, columns0, rows1 = (_inside(length, device) for length in (h0, w0, h1))
+    return (rows0[:, None] * columns0).reshape(-1, 1) * rows1
 
 
-def _inside(height: int, width: int) -> Tensor:
-    """[height, width] float32: 1 where a cell may be matched."""
-    return _rows_inside(height)[:, None] * _rows_inside(width)
+def _inside(length: int, device: torch.device) -> Tensor:
+    index = torch.arange(length, device=device)
+    return ((index >= BORDER) & (index < length - BORDER)).to(torch.float32)

@@ -48,7 +48,7 @@ def windows(features: Tensor, cells: Tensor, columns: int) -> Tensor:
     features [1, D, H/2, W/2]; cells [K], index = row * columns + column. Returns float32 [K, 36, D].
     """
     channels, height, width = features.shape[1], features.shape[2], features.shape[3]
-    offset = torch.arange(6) - 1
+    offset = torch.arange(6, device=cells.device) - 1
     row, column = quotient(cells, columns)
     rows = (4 * row[:, None] + offset).clamp(0, height - 1)
     cols = (4 * column[:, None] + offset).clamp(0, width - 1)
@@ -66,7 +66,7 @@ class Refinement(nn.Module):
     up0: Tensor
     up1: Tensor
     up1_inner_first: Tensor
-    step: Tensor
+    steps: Tensor
     wrapped: Tensor
 
     def __init__(self) -> None:
@@ -74,7 +74,8 @@ class Refinement(nn.Module):
         for name, matrix in zip(("up0", "up1", "up1_inner_first"), _upsampling(), strict=True):
             self.register_buffer(name, matrix, persistent=False)
         step = torch.arange(3) - 1
-        self.register_buffer("step", step, persistent=False)
+        steps = torch.stack([step.repeat(3), step.repeat_interleave(3)], 1).float()  # [9, 2]: (x, y)
+        self.register_buffer("steps", steps, persistent=False)
         # The original takes the 3x3 window on the 10x10 grid at the index found on the 8x8 grid, without adding the
         # ring: it is centred one pixel up and left of the match, and wraps around at 0. It was trained so.
         side = (torch.arange(8)[:, None] + step) % 10  # [8, 3]
@@ -82,19 +83,18 @@ class Refinement(nn.Module):
         self.register_buffer("wrapped", wrapped.reshape(64, 9), persistent=False)
 
     def forward(self, windows0: Tensor, windows1: Tensor) -> tuple[Tensor, Tensor]:
-        gram = windows0[..., :MATCHING] @ windows1[..., :MATCHING].transpose(1, 2)
-        similarity = self.up0 @ gram @ self.up1_inner_first.T * (1 / 64)  # 64: all channels, as in the original
+        # Constant matrices stand on the right of every product: runtimes then see one large product, not K small ones.
+        first0, first1 = windows0[..., :MATCHING], windows1[..., :MATCHING]
+        half = (first1 @ first0.transpose(1, 2)) @ self.up0.T  # [K, 36, 64]: image 1 still at half resolution
+        similarity = half.transpose(1, 2) @ self.up1_inner_first.T * (1 / 64)  # 64: all channels, as in the original
         conf = torch.softmax(similarity, 1)[..., :64] * torch.softmax(similarity, 2)[..., :64]
-        best = conf.flatten(1).argmax(1)
-        pixel0, pixel1 = quotient(best, 64)
+        pixel0, pixel1 = quotient(conf.flatten(1).argmax(1), 64)
 
         gram = windows0[..., MATCHING:] @ windows1[..., MATCHING:].transpose(1, 2)
         correlation = (self.up0.index_select(0, pixel0)[:, None] @ gram)[:, 0] @ self.up1.T * (1 / 8**0.5)
         window = correlation.gather(1, self.wrapped.index_select(0, pixel1))
-        heat = torch.softmax(window / 10, 1)
-        x = heat @ self.step.float().repeat(3)
-        y = heat @ self.step.float().repeat_interleave(3)
-        return _from_corner(pixel0), _from_corner(pixel1) + torch.stack([x, y], 1)
+        shift = torch.softmax(window / 10, 1) @ self.steps
+        return _from_corner(pixel0), _from_corner(pixel1) + shift
 
 
 def _from_corner(pixel: Tensor) -> Tensor:

@@ -60,7 +60,11 @@ class EfficientLoFTR(nn.Module):
         self.transformer = published.loftr_coarse.to(self.dtype)
         self.pyramid = published.fine_preprocess.to(self.dtype)
         self.refinement = fine.Refinement()
-        self.fixed = None if size is None else _FixedGrid(make_grid(*self._blocks(*size), position_scale, self.dtype))
+        self.fixed = (
+            None
+            if size is None
+            else _FixedGrid(make_grid(*self._blocks(*size), position_scale, torch.empty(0, dtype=self.dtype)))
+        )
         self.requires_grad_(False)
 
     def forward(self, image0: Tensor, image1: Tensor) -> tuple[Tensor, Tensor, Tensor]:

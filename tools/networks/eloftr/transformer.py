@@ -7,6 +7,7 @@ both kinds of pooling are plain reductions over the first axis, and upsampling i
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -120,19 +121,20 @@ class CoarseTransformer(nn.Module):
         return x0, x1
 
 
-def make_grid(rows: int, columns: int, scale: float, dtype: torch.dtype) -> Grid:
+def make_grid(rows: int, columns: int, scale: float, like: Tensor) -> Grid:
     """rows, columns: of 4x4 blocks. scale: what positions are multiplied by.
+    like: any tensor of the wanted type and device.
 
     The original rounds the tables of the position encoding to fp16; so do we.
     """
-    frequencies = torch.exp(torch.arange(64) * (-torch.log(torch.tensor(10000.0)) / 64))
-    row = (torch.arange(rows) + 1.0)[:, None] * scale * frequencies
-    column = (torch.arange(columns) + 1.0)[:, None] * scale * frequencies
+    frequencies = torch.exp(torch.arange(64, device=like.device) * (-math.log(10000.0) / 64))
+    row = (torch.arange(rows, device=like.device) + 1.0)[:, None] * scale * frequencies
+    column = (torch.arange(columns, device=like.device) + 1.0)[:, None] * scale * frequencies
     shape = (rows, columns, 64)
     # Channels 4k, 4k+1 turn with the row and 4k+2, 4k+3 with the column.
     angles = torch.stack([row[:, None].expand(shape), column[None].expand(shape)], -1)
     angles = angles[..., None].expand(*shape, 2, 2).reshape(rows * columns, 1, WIDTH)
-    return Grid(rows, columns, angles.cos().half().to(dtype), angles.sin().half().to(dtype), None)
+    return Grid(rows, columns, angles.cos().half().to(like.dtype), angles.sin().half().to(like.dtype), None)
 
 
 def to_blocks(x: Tensor, rows: int, columns: int) -> Tensor:
