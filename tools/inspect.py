@@ -87,13 +87,18 @@ def describe_plan(path: Path) -> list[tuple[str, str]]:
     try:
         raw = json.loads(manifest.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{plan} has no readable manifest {manifest.name}: build it with 'matchanything build'.") from error
+        raise UserError(
+            f"{plan} has no readable manifest {manifest.name}: build it with 'matchanything build'."
+        ) from error
     same = plan.is_file() and sha256_of(plan) == raw.get("plan_sha256")
     lines = [("plan", f"{plan} ({_size(plan) if plan.is_file() else 'missing'})")]
     for name, value in raw.items():
         if value not in (None, "", [], {}):
             lines.append((name.replace("_", " "), value if isinstance(value, str) else json.dumps(value)))
-    return [*lines, ("file", "as its manifest says" if same else "NOT the one that its manifest describes: build again")]
+    return [
+        *lines,
+        ("file", "as its manifest says" if same else "NOT the one that its manifest describes: build again"),
+    ]
 
 
 def _input(spec: InputSpec) -> str:

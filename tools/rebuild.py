@@ -46,8 +46,8 @@ def _by_name(bundle: Bundle, weights: Sequence[Path]) -> dict[str, Path]:
     for entry in bundle.manifest.weights:
         if entry.sha256 not in given:
             raise UserError(
-                f"{bundle.onnx.name} was exported from {entry.name} (sha256 {entry.sha256[:12]}...), which is not among "
-                f"the --weights {', '.join(path.name for path in weights)}: give that file."
+                f"{bundle.onnx.name} was exported from {entry.name} (sha256 {entry.sha256[:12]}...), which is not "
+                f"among the --weights {', '.join(path.name for path in weights)}: give that file."
             )
         found[entry.name] = given[entry.sha256]
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ class OnnxRuntimeEngine:
             raise UserError(
                 "This ONNX Runtime has no CUDA provider: pip install onnxruntime-gpu, or use onnxruntime-cpu."
             )
+        self.timings_ms: dict[str, float] = {}  # of the last run on CUDA: upload, network, download
         self._bound: dict[str, Any] = {}
         self._binding: Any = None
         self._session: Any = None
@@ -57,11 +59,18 @@ class OnnxRuntimeEngine:
             raise RuntimeError("the engine is closed")
         if self.backend == "onnxruntime-cpu":
             return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+        start = time.perf_counter()
         self._bind(inputs)
         for name, array in inputs.items():
             self._bound[name].update_inplace(np.ascontiguousarray(array, np.float32))
-        self._session.run_with_iobinding(self._binding)
-        return dict(zip(self._outputs, self._binding.copy_outputs_to_cpu(), strict=True))
+        uploaded = time.perf_counter()
+        self._session.run_with_iobinding(self._binding)  # returns when the device is done
+        ran = time.perf_counter()
+        outputs = dict(zip(self._outputs, self._binding.copy_outputs_to_cpu(), strict=True))
+        done = time.perf_counter()
+        moments = {"upload": uploaded - start, "network": ran - uploaded, "download": done - ran}
+        self.timings_ms = {stage: 1e3 * seconds for stage, seconds in moments.items()}
+        return outputs
 
     def close(self) -> None:
         """See Engine.close."""

@@ -1,0 +1,148 @@
+"""How far the matches of one network are from those of another that should be equal: the measures of `validate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Float = npt.NDArray[np.float32]
+Arrays = Mapping[str, npt.NDArray[np.float32]]
+
+PAIRING_PX = 5.0  # farther than this it is another match, not the same one moved
+WITHIN_PX = (0.1, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """One image pair. distances: for every reference match, pixels to the nearest of the others (the larger of the
+    distances in image 0 and image 1; infinite if there is none). scores: [N, 2], reference and other score of the
+    matches that were found again. warp_px: median difference of the dense warp where it is certain, if there is one.
+    corner_px: mean distance of the image's corners under both homographies; None unless both were accepted."""
+
+    expected: int
+    given: int
+    distances: Float
+    scores: Float
+    warp_px: float | None = None
+    corner_px: float | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What counts as equal. count: relative change of the number of matches; share: of matches within 1 px."""
+
+    mean_px: float
+    count: float
+    share: float
+    correlation: float
+
+
+# fp32: the original itself moves by 3e-5 px under noise of 1e-6, with a rare jump to another fine match. fp16: what a
+# conversion is published with is 0.23 px, 99.2 %, 5 % and 0.96; we ask for more where rounding allows it.
+LIMITS = {
+    "fp32": Limits(0.02, 0.005, 0.99, 0.999),
+    "fp16": Limits(0.25, 0.02, 0.99, 0.99),
+    "bf16": Limits(0.5, 0.05, 0.95, 0.95),
+}
+
+
+def compare(reference: Arrays, other: Arrays, threshold: float) -> Deviation:
+    """Compare two results of a network (see Engine.run) on the same inputs, in pixels of these.
+
+    Both are cut at the threshold to be counted. To be paired, the other's matches count down to half of it: one that
+    crosses the threshold is a difference in number, not in place.
+    """
+    wanted, wanted_scores = _matches(reference, threshold)
+    given, given_scores = _matches(other, threshold / 2)
+    nearest, distances = _nearest(wanted, given)
+    again = distances <= PAIRING_PX
+    scores = np.stack([wanted_scores[again], given_scores[nearest[again]]], 1)
+    counted = int((given_scores >= threshold).sum())
+    return Deviation(len(wanted), counted, distances, scores, warp_px=_warp(reference, other))
+
+
+def summarise(deviations: Sequence[Deviation]) -> dict[str, float | int | None]:
+    """All pairs together, in the measures that reports give; None where nothing can be measured."""
+    distances = np.concatenate([each.distances for each in deviations]) if deviations else np.zeros(0, np.float32)
+    scores = np.concatenate([each.scores for each in deviations]) if deviations else np.zeros((0, 2), np.float32)
+    same = distances[distances <= PAIRING_PX]
+    corners = [each.corner_px for each in deviations if each.corner_px is not None]
+    warps = [each.warp_px for each in deviations if each.warp_px is not None]
+    varied = len(scores) > 2 and scores.std(0).min() > 0
+    return {
+        "matches_expected": sum(each.expected for each in deviations),
+        "matches": sum(each.given for each in deviations),
+        "found_again": len(same),
+        "mean_px": float(same.mean()) if len(same) else None,
+        "p95_px": float(np.quantile(same, 0.95)) if len(same) else None,
+        **{f"within_{px:g}_px": float((distances <= px).mean()) if len(distances) else None for px in WITHIN_PX},
+        "score_correlation": float(np.corrcoef(scores.T)[0, 1]) if varied else None,
+        "corner_error_px": float(np.mean(corners)) if corners else None,
+        "warp_px": float(np.mean(warps)) if warps else None,
+    }
+
+
+def judge(summary: Mapping[str, float | int | None], limits: Limits) -> list[str]:
+    """What is past the limits, one phrase each; empty if the two networks are equal within them.
+
+    A single match may come or go, whatever its share: fewer than a hundred would make every limit arbitrary.
+    """
+    if summary["warp_px"] is not None:  # matches are drawn from thousands of equally certain pixels: the warp decides
+        return [f"the warp is {summary['warp_px']:.3f} px off"] if float(summary["warp_px"]) > limits.mean_px else []
+    expected, given = int(summary["matches_expected"] or 0), int(summary["matches"] or 0)
+    found = []
+    if abs(given - expected) > max(1.0, limits.count * expected):
+        found.append(f"{given} matches instead of {expected}")
+    mean, share, correlation = summary["mean_px"], summary["within_1_px"], summary["score_correlation"]
+    if mean is not None and mean > limits.mean_px:
+        found.append(f"keypoints are {mean:.3f} px off (limit {limits.mean_px:g})")
+    if share is not None and (1 - share) * expected > max(1.0, (1 - limits.share) * expected) + 1e-6:
+        found.append(f"only {share:.1%} of the matches are within 1 px (limit {limits.share:.0%})")
+    if correlation is not None and correlation < limits.correlation:
+        found.append(f"the scores' correlation is {correlation:.4f} (limit {limits.correlation:g})")
+    return found
+
+
+def corner_distance(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64], size: tuple[int, int]) -> float:
+    """Mean distance in pixels of image 1 between the corners of image 0, (width, height), under two homographies."""
+    width, height = size
+    corners = np.array([[0, 0, 1], [width - 1, 0, 1], [width - 1, height - 1, 1], [0, height - 1, 1]], np.float64)
+    one, two = ((corners @ matrix.T) for matrix in (first, second))
+    return float(np.linalg.norm(one[:, :2] / one[:, 2:] - two[:, :2] / two[:, 2:], axis=1).mean())
+
+
+def _matches(arrays: Arrays, threshold: float) -> tuple[Float, Float]:
+    scores = np.asarray(arrays["scores"], np.float32)
+    keep = (scores > 0) & (scores >= threshold)
+    both = np.concatenate([arrays["keypoints0"][keep], arrays["keypoints1"][keep]], 1)
+    return np.asarray(both, np.float32), scores[keep]
+
+
+def _nearest(matches: Float, others: Float) -> tuple[npt.NDArray[np.intp], Float]:
+    """Index of the nearest other match, and its distance, for each match."""
+    index, distance = np.zeros(len(matches), np.intp), np.full(len(matches), np.inf, np.float32)
+    if not len(others):
+        return index, distance
+    for start in range(0, len(matches), 256):  # bounded memory
+        step = matches[start : start + 256, None] - others[None]
+        ends = np.maximum(np.hypot(step[..., 0], step[..., 1]), np.hypot(step[..., 2], step[..., 3]))
+        index[start : start + 256] = ends.argmin(1)
+        distance[start : start + 256] = ends.min(1)
+    return index, distance
+
+
+def _warp(reference: Arrays, other: Arrays) -> float | None:
+    if "warp" not in reference or "warp" not in other:
+        return None
+    height, width = other["warp"].shape[-2:]
+    step = -(-height // reference["warp"].shape[-2])  # stored golden results are thinned out
+    wanted = np.asarray(reference["warp"], np.float32)[0]
+    given = np.asarray(other["warp"], np.float32)[0, :, ::step, ::step]
+    certain = np.asarray(reference["cert"], np.float32)[0, 0] > 0.5
+    if not certain.any():
+        return None
+    distance = np.hypot((given[2] - wanted[2]) * width / 2, (given[3] - wanted[3]) * height / 2)
+    return float(np.median(distance[certain]))
