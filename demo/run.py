@@ -25,7 +25,7 @@ from results import write_results
 from matchanything_ros.errors import UserError
 
 HERE = Path(__file__).resolve().parent
-CAMERA_PROFILE = HERE.parent / "config" / "fastdds_camera.xml"
+CAMERA_PROFILE = HERE.parent / "config" / "fastdds_large_images.xml"
 NODE = "match_node"
 
 

@@ -43,7 +43,7 @@ def test_workspace(mode: tuple[str, ...], ros: tuple[dict[str, str], list[str]],
     run("colcon", "build", *mode, *arguments, cwd=tmp_path, **env)
 
     share = tmp_path / "install" / "matchanything_ros" / "share"
-    for name in ("launch/match.launch.py", "config/match.yaml", "config/fastdds_camera.xml", "package.xml"):
+    for name in ("launch/match.launch.py", "config/match.yaml", "config/fastdds_large_images.xml", "package.xml"):
         assert (share / "matchanything_ros" / name).is_file(), name
     assert (share / "ament_index" / "resource_index" / "packages" / "matchanything_ros").is_file()
     assert (share / "matchanything_ros" / "launch" / "match.launch.py").is_symlink() == bool(mode)
