@@ -66,6 +66,16 @@ def test_matches_at_the_threshold_may_come_and_go_in_fp16() -> None:
     assert compare(result, fewer, 0.1, "fp16").passed and not compare(result, fewer, 0.1, "fp32").passed
 
 
+def test_of_few_matches_one_may_be_missing_but_not_the_only_one() -> None:
+    few = {name: value[:12] for name, value in golden().items()}
+    fewer = {**few, "scores": np.where(np.arange(12) < 11, few["scores"], 0)}
+    assert compare(few, fewer, 0.1, "fp32").passed
+    assert not compare(few, {**few, "scores": np.where(np.arange(12) < 10, few["scores"], 0)}, 0.1, "fp32").passed
+    one = {name: value[:1] for name, value in golden().items()}
+    none = {**one, "scores": np.zeros(1, np.float32)}
+    assert not compare(one, none, 0.1, "fp16").passed and compare(none, none, 0.1, "fp32").passed
+
+
 def test_nan_does_not_pass() -> None:
     outputs = golden()
     outputs["keypoints1"][190] = np.nan  # padding, yet a sign of something wrong

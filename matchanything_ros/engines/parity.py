@@ -79,7 +79,7 @@ def compare(golden: Arrays, outputs: Arrays, score_threshold: float, precision: 
     elif warp is not None:
         # Dense networks choose their matches among thousands of equally certain ones: the warp is what must agree.
         problem = "" if warp <= MOST_WARP_PX[precision] else f"the warp is {warp:.2f} px off"
-    elif min(found, real) < least:
+    elif _missing(to_given, least) or _missing(to_wanted, least):
         problem = f"{found:.0%} of {len(wanted)} matches found again, {real:.0%} of {len(given)} are right"
     elif median > MOST_MEDIAN_PX[precision]:
         problem = f"matches are {median:.2f} px off"
@@ -107,6 +107,12 @@ def _nearest(matches: npt.NDArray[np.float32], others: npt.NDArray[np.float32]) 
         ends = np.maximum(np.hypot(step[..., 0], step[..., 1]), np.hypot(step[..., 2], step[..., 3]))
         result[start : start + 256] = ends.min(1)
     return result
+
+
+def _missing(distances: npt.NDArray[np.float32], least: float) -> bool:
+    """Whether too few were found. One may always be missing, if it is not the only one."""
+    count = int((distances > RADIUS_PX).sum())
+    return count > max(1, round((1 - least) * len(distances))) or 0 < len(distances) == count
 
 
 def _share(distances: npt.NDArray[np.float32]) -> float:
