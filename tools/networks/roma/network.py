@@ -73,7 +73,7 @@ class Roma(nn.Module):
         self.encoder.to(dtype)
         self.decoder.proj.to(dtype)
         self.decoder.embedding_decoder.blocks.to(dtype)
-        for stride, refiner in self.decoder.conv_refiner.items():
+        for stride, refiner in list(self.decoder.conv_refiner.items()):
             if int(stride) < self.finest:
                 del self.decoder.conv_refiner[stride], self.decoder.proj[stride]
                 continue

@@ -1,0 +1,181 @@
+"""RoMa as a bundle: equal to the original through ONNX Runtime, accepted by TensorRT, finite in fp16 on any image."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import roma_case
+import seeded
+import torch
+
+from matchanything_ros.bundle import Bundle, Preprocess, load_bundle
+from matchanything_ros.cli import main
+from matchanything_ros.engines import open_engine
+from matchanything_ros.matcher import Matcher
+from matchanything_tools.export import Exportable, export, fixed_input
+from matchanything_tools.networks.roma import RomaMatcher
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+COARSE, FINE = 224, 320
+
+
+def pair(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> Arrays:
+    """Network inputs from two images [3, 320, 320]; those of the first pass by taking seven pixels of ten."""
+    step = np.arange(COARSE) * FINE // COARSE
+    return {
+        "image0": first[None],
+        "image1": second[None],
+        "image0_coarse": first[None][..., step, :][..., step],
+        "image1_coarse": second[None][..., step, :][..., step],
+    }
+
+
+def shallow_item(dtype: torch.dtype) -> Exportable:
+    """A network of every operator and little depth, in two passes."""
+    module = RomaMatcher(roma_case.shallow().bake(COARSE, COARSE, dtype), 5000, dense=True, normalize=False)
+    sizes = {"image0": FINE, "image1": FINE, "image0_coarse": COARSE, "image1_coarse": COARSE}
+    return Exportable(
+        family="roma",
+        variant="shallow",
+        module=module,
+        inputs=tuple(fixed_input(name, int(name[5]), (side, side)) for name, side in sizes.items()),
+        preprocess=Preprocess(interpolation="bicubic_antialias"),
+        outputs=("keypoints0", "keypoints1", "scores", "warp", "cert"),
+        max_matches=5000,
+        score_threshold=0.05,
+        weights=(),
+        precision="fp16" if dtype == torch.float16 else "fp32",
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """The seeded checkpoints as files: 1.7 GB."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    weights, dinov2 = folder / "roma.pth", folder / "dinov2.pth"
+    torch.save({"state_dict": {f"matcher.model.{key}": value for key, value in seeded.state("roma").items()}}, weights)
+    torch.save(seeded.state("dinov2"), dinov2)
+    yield weights, dinov2
+    weights.unlink()
+    dinov2.unlink()
+
+
+@pytest.fixture(scope="module")
+def golden_bundle(checkpoints: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
+    """The whole network at the size of the golden result, exported by the command."""
+    folder = tmp_path_factory.mktemp("roma")
+    weights, dinov2 = checkpoints
+    words = ["export", "roma", "--weights", str(weights), "--dinov2", str(dinov2), "--licence", "none stated"]
+    assert main([*words, "--coarse", str(COARSE), "--upsample", str(FINE), "--out", str(folder / "roma.onnx")]) == 0
+    yield load_bundle(folder / "roma.onnx", verify=False)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def half_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export(shallow_item(torch.float16), tmp_path_factory.mktemp("half") / "roma.onnx")
+
+
+def test_onnx_runtime_equals_the_original(golden_bundle: Bundle) -> None:
+    """Through preprocessing, engine and matcher as on the robot."""
+    wanted, _ = roma_case.golden("small")
+    with Matcher(golden_bundle, backend="onnxruntime-cpu") as matcher:
+        matches = matcher.match(*roma_case.pictures(), dense=True)
+    assert matches.warp is not None and matches.cert is not None
+    warp, cert = np.moveaxis(matches.warp, 0, 2)[::4, ::4], matches.cert[::4, ::4]
+    error = roma_case.pixel_error(warp, wanted["warp"], FINE)[wanted["certainty"] > 0.05]
+    # What users may rely on is 0.05 px on average; float32 in another order gives a hundredth of that.
+    assert error.mean() < 5e-4 and error.max() < 5e-3
+    assert np.abs(cert - wanted["certainty"]).max() < 5e-4
+    # Matches are rows of the warp, in pixels of the 640 x 480 images.
+    assert len(matches) == 5000 and matches.scores.min() > 0.05
+    scale = np.array([640, 480]) / FINE
+    column, row = np.round((matches.keypoints0[:500] + 0.5) / scale - 0.5).astype(int).T
+    x1, y1 = matches.warp[2:, row, column]
+    predicted = (np.stack((x1, y1), 1) + 1) / 2 * [640, 480] - 0.5
+    own = np.abs((matches.keypoints0[:500] + 0.5) / scale - 0.5 - np.stack((column, row), 1)).max(1) < 1e-3
+    assert own.sum() > 100 and np.abs(predicted - matches.keypoints1[:500])[own].max() < 1e-2
+
+
+def test_manifest_says_what_is_in(golden_bundle: Bundle) -> None:
+    manifest = golden_bundle.manifest
+    assert [weights.name for weights in manifest.weights] == ["roma.pth", "dinov2.pth"]
+    assert len({weights.sha256 for weights in manifest.weights}) == 2
+    assert [weights.licence for weights in manifest.weights] == ["none stated", "Apache-2.0"]
+    assert {"gaussian_process", "refiner_16", "refiner_1", "upsample_refiner_1"} <= set(manifest.stages)
+    assert manifest.preprocess.interpolation == "bicubic_antialias" and manifest.dense
+    json.loads(golden_bundle.onnx.with_suffix(".json").read_text())
+
+
+@pytest.mark.parametrize("which", ["golden_bundle", "half_bundle"])
+def test_tensorrt_builds(which: str, request: pytest.FixtureRequest) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings")
+    from matchanything_ros.engines.builder import build_engine
+
+    bundle: Bundle = request.getfixturevalue(which)
+    built = build_engine(bundle, target="sm_86")
+    assert memoryview(built.data).nbytes > 100 << 20  # the weights are in
+
+
+def test_half_precision_is_close_and_finite(half_bundle: Bundle) -> None:
+    first, second = roma_case.batch(FINE).numpy()
+    with torch.inference_mode():
+        item = shallow_item(torch.float32)
+        inputs = pair(first, second)
+        exact = item.module(*(torch.from_numpy(inputs[spec.name]) for spec in item.inputs))
+    wanted, certainty = (x[0].movedim(0, -1).numpy() for x in exact[3:])
+    engine = open_engine(half_bundle, "onnxruntime-cpu")
+    found = engine.run(inputs)
+    error = roma_case.pixel_error(np.moveaxis(found["warp"][0], 0, 2), wanted, FINE)[certainty[..., 0] > 0.05]
+    assert error.mean() < 0.25 and (error < 1).mean() > 0.99
+
+    rng = np.random.default_rng(5)
+    noise = rng.random((3, FINE, FINE), dtype=np.float32)
+    odd = {
+        "black": np.zeros_like(noise),
+        "white": np.ones_like(noise),
+        "constant": np.full_like(noise, 0.37),
+        "noise": noise,
+        "saturated": (noise > 0.5).astype(np.float32),
+    }
+    for name, image in odd.items():
+        outputs = engine.run(pair(image, first if name == "black" else image))
+        assert all(np.isfinite(value).all() for value in outputs.values()), name
+        assert outputs["keypoints0"].min() >= -0.5 and outputs["keypoints0"].max() <= FINE - 0.5, name
+    engine.close()
+
+
+@pytest.mark.parametrize(("finest", "side"), [(1, 154), (8, 168)])
+def test_one_pass_variants(finest: int, side: int) -> None:
+    """fast and coarse; 154 = 11 x 14 leaves a rest in the strides of VGG."""
+    module = RomaMatcher(roma_case.shallow(finest).bake(side, side), 600, dense=True, normalize=True)
+    with torch.inference_mode():
+        keypoints0, keypoints1, scores, warp, cert = module(*roma_case.batch(side)[:, None])
+    assert warp.shape == (1, 4, side // finest, 2 * (side // finest)) and cert.shape[2:] == warp.shape[2:]
+    for keypoints in (keypoints0, keypoints1):
+        assert keypoints.shape == (600, 2) and keypoints.min() >= -0.5 and keypoints.max() <= side - 0.5
+    # A cell of the map is `finest` input pixels wide: own coordinates are the centres of such cells.
+    own = (keypoints0 + 0.5) / finest - 0.5
+    forward = ((own - own.round()).abs() < 1e-3).all(1)
+    assert 100 < int(forward.sum()) < 500 and bool((scores > 0.05).any())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "flags", [["--variant", "fast", "--coarse", "266"], ["--variant", "coarse", "--coarse", "224"]]
+)
+def test_one_pass_variants_export(flags: list[str], checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    words = ["export", "roma", "--weights", str(checkpoints[0]), "--dinov2", str(checkpoints[1]), *flags]
+    assert main([*words, "--out", str(tmp_path / "roma.onnx")]) == 0
+    bundle = load_bundle(tmp_path / "roma.onnx", verify=False)
+    assert "upsample_refiner_8" not in bundle.manifest.stages
+    with Matcher(bundle, backend="onnxruntime-cpu") as matcher, np.load(bundle.golden) as golden:
+        matches = matcher.match(golden["image0"], golden["image1"], dense=True)
+        assert matches.cert is not None
+        assert np.abs(matches.cert[::4, ::4] - golden["cert"][0, 0]).max() < 2e-3  # stored in fp16
