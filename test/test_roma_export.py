@@ -22,24 +22,21 @@ from matchanything_tools.export import Exportable, export, fixed_input
 from matchanything_tools.networks.roma import RomaMatcher
 
 Arrays = dict[str, npt.NDArray[np.float32]]
-COARSE, FINE = 224, 320
+COARSE, FINE = 224, 320  # of the golden result
+SIDE_COARSE, SIDE = 112, 128  # of the shallow network
 
 
 def pair(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> Arrays:
-    """Network inputs from two images [3, 320, 320]; those of the first pass by taking seven pixels of ten."""
-    step = np.arange(COARSE) * FINE // COARSE
-    return {
-        "image0": first[None],
-        "image1": second[None],
-        "image0_coarse": first[None][..., step, :][..., step],
-        "image1_coarse": second[None][..., step, :][..., step],
-    }
+    """Inputs of the shallow network from two images [3, 128, 128]; the first pass sees all but the last 16."""
+    cut = slice(SIDE_COARSE)
+    images = {"image0": first[None], "image1": second[None]}
+    return images | {f"{name}_coarse": np.ascontiguousarray(image[..., cut, cut]) for name, image in images.items()}
 
 
 def shallow_item(dtype: torch.dtype) -> Exportable:
     """A network of every operator and little depth, in two passes."""
-    module = RomaMatcher(roma_case.shallow().bake(COARSE, COARSE, dtype), 5000, dense=True, normalize=False)
-    sizes = {"image0": FINE, "image1": FINE, "image0_coarse": COARSE, "image1_coarse": COARSE}
+    module = RomaMatcher(roma_case.shallow().bake(SIDE_COARSE, SIDE_COARSE, dtype), 1000, dense=True, normalize=False)
+    sizes = {"image0": SIDE, "image1": SIDE, "image0_coarse": SIDE_COARSE, "image1_coarse": SIDE_COARSE}
     return Exportable(
         family="roma",
         variant="shallow",
@@ -47,7 +44,7 @@ def shallow_item(dtype: torch.dtype) -> Exportable:
         inputs=tuple(fixed_input(name, int(name[5]), (side, side)) for name, side in sizes.items()),
         preprocess=Preprocess(interpolation="bicubic_antialias"),
         outputs=("keypoints0", "keypoints1", "scores", "warp", "cert"),
-        max_matches=5000,
+        max_matches=1000,
         score_threshold=0.05,
         weights=(),
         precision="fp16" if dtype == torch.float16 else "fp32",
@@ -124,7 +121,7 @@ def test_tensorrt_builds(which: str, request: pytest.FixtureRequest) -> None:
 
 
 def test_half_precision_is_close_and_finite(half_bundle: Bundle) -> None:
-    first, second = roma_case.batch(FINE).numpy()
+    first, second = roma_case.batch(SIDE).numpy()
     with torch.inference_mode():
         item = shallow_item(torch.float32)
         inputs = pair(first, second)
@@ -132,11 +129,13 @@ def test_half_precision_is_close_and_finite(half_bundle: Bundle) -> None:
     wanted, certainty = (x[0].movedim(0, -1).numpy() for x in exact[3:])
     engine = open_engine(half_bundle, "onnxruntime-cpu")
     found = engine.run(inputs)
-    error = roma_case.pixel_error(np.moveaxis(found["warp"][0], 0, 2), wanted, FINE)[certainty[..., 0] > 0.05]
-    assert error.mean() < 0.25 and (error < 1).mean() > 0.99
+    error = roma_case.pixel_error(np.moveaxis(found["warp"][0], 0, 2), wanted, SIDE)[certainty[..., 0] > 0.05]
+    # Of random weights and little depth, whose near ties between anchors fp16 may decide otherwise: the typical pixel
+    # tells whether the graph is right. How close the whole network stays is measured in the test below.
+    assert np.median(error) < 0.1
 
     rng = np.random.default_rng(5)
-    noise = rng.random((3, FINE, FINE), dtype=np.float32)
+    noise = rng.random((3, SIDE, SIDE), dtype=np.float32)
     odd = {
         "black": np.zeros_like(noise),
         "white": np.ones_like(noise),
@@ -147,8 +146,21 @@ def test_half_precision_is_close_and_finite(half_bundle: Bundle) -> None:
     for name, image in odd.items():
         outputs = engine.run(pair(image, first if name == "black" else image))
         assert all(np.isfinite(value).all() for value in outputs.values()), name
-        assert outputs["keypoints0"].min() >= -0.5 and outputs["keypoints0"].max() <= FINE - 0.5, name
+        assert outputs["keypoints0"].min() >= -0.5 and outputs["keypoints0"].max() <= SIDE - 0.5, name
     engine.close()
+
+
+@pytest.mark.full
+def test_half_precision_of_the_whole_network(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    words = ["export", "roma", "--weights", str(checkpoints[0]), "--dinov2", str(checkpoints[1]), "--precision", "fp16"]
+    assert main([*words, "--coarse", str(COARSE), "--upsample", str(FINE), "--out", str(tmp_path / "roma.onnx")]) == 0
+    wanted, _ = roma_case.golden("small")
+    with Matcher(tmp_path / "roma.onnx", backend="onnxruntime-cpu") as matcher:
+        matches = matcher.match(*roma_case.pictures(), dense=True)
+    assert matches.warp is not None
+    warp = np.moveaxis(matches.warp, 0, 2)[::4, ::4]
+    error = roma_case.pixel_error(warp, wanted["warp"], FINE)[wanted["certainty"] > 0.05]
+    assert error.mean() < 0.25 and (error < 1).mean() > 0.99  # what users are promised of fp16
 
 
 @pytest.mark.parametrize(("finest", "side"), [(1, 154), (8, 168)])
