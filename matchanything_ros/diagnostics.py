@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
 
 import numpy as np
 
 from matchanything_ros.homography import Status
 from matchanything_ros.pairing import Drop, Pairing
+from matchanything_ros.worker import Worker
 
 WINDOW = 200  # pairs over which percentiles are taken
 
@@ -72,3 +77,57 @@ class Statistics:
         for stage, (median, high) in self.percentiles().items():
             out[f"{stage} p50 [ms]"], out[f"{stage} p95 [ms]"] = f"{median:.2f}", f"{high:.2f}"
         return out
+
+
+class Level(IntEnum):
+    """The levels of diagnostic_msgs/DiagnosticStatus."""
+
+    OK = 0
+    WARN = 1
+    ERROR = 2
+
+
+@dataclass(frozen=True)
+class Report:
+    """One diagnostic status: how bad, one sentence, the matcher's name, and everything that was counted."""
+
+    level: Level
+    sentence: str
+    matcher: str
+    values: dict[str, str]
+
+
+def describe(
+    state: str, problem: str, worker: Worker | None, statistics: Statistics, inputs: Any | None, build: Any | None
+) -> Report:
+    """What to report now.
+
+    state: of the lifecycle; problem: why it is not another one, or empty; inputs: the ImageInputs while active; build:
+    the BackgroundBuild, if there is one.
+    """
+    level, sentence, matcher, values = Level.OK, state, "", {"state": state}
+    if worker is not None and worker.matcher is not None:
+        bundle = worker.matcher.bundle
+        matcher = bundle.manifest.name
+        values |= {"bundle": str(bundle.onnx), "bundle sha256": bundle.manifest.onnx_sha256}
+        values |= {"backend": worker.matcher.engine.backend}
+        with worker.lock:
+            values |= statistics.values(worker.pairing)
+            rates = statistics.rates(time.monotonic(), worker.pairing.received)
+            idle = worker.pairing.paired == statistics.published  # a slow network is no lack of pairs
+        if inputs is not None and rates is not None:
+            for name, rate in zip(("image0", "image1", "pairs"), rates, strict=True):
+                values[f"{name} rate [Hz]"] = f"{rate:.2f}"
+            values |= {f"image{camera} lost on the way": str(inputs.lost[camera]) for camera in (0, 1)}
+            sentence = f"{rates[2]:.1f} pairs a second"
+            silent = [inputs.silence(camera) for camera in (0, 1) if rates[camera] == 0]
+            if silent or (rates[2] == 0 and idle):
+                level = Level.WARN
+                sentence = " ".join(silent) or "Images come but none pair: compare their stamps with the tolerance."
+    if build is not None:
+        values["TensorRT plan"] = build.status()
+        if build.failed:
+            level, sentence = Level.WARN, build.status()
+    if problem or statistics.failure:
+        level, sentence = Level.ERROR, problem or statistics.failure
+    return Report(level, sentence, matcher, values)

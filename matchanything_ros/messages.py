@@ -63,6 +63,20 @@ def homography(
     )
 
 
+def image(message_type: Any, header: Any, picture: npt.NDArray[np.uint8]) -> Any:
+    """A sensor_msgs/Image of an RGB picture [H, W, 3]."""
+    height, width = picture.shape[:2]
+    return message_type(
+        header=header,
+        height=height,
+        width=width,
+        encoding="rgb8",
+        is_bigendian=0,
+        step=3 * width,
+        data=_sequence(message_type, picture, np.uint8),
+    )
+
+
 def read_correspondences(message: Any) -> tuple[Matches, npt.NDArray[np.bool_]]:
     """The matches in a Correspondences message, and which of them are inliers [N]."""
     points0, points1, scores = (_values(getattr(message, name)) for name in ("points0", "points1", "scores"))

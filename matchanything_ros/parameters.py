@@ -88,6 +88,15 @@ class Parameters:
         low, high = self.intensity_range
         return Stretch(self.intensity_percentiles, (low, high) if low < high else None)
 
+    @property
+    def estimate_options(self) -> dict[str, float]:
+        """Arguments of estimate_homography."""
+        return {
+            "threshold_px": self.ransac_threshold,
+            "min_inlier_ratio": self.min_inlier_ratio,
+            "min_significance": self.min_significance,
+        }
+
 
 FIELDS = {entry.name: entry for entry in dataclasses.fields(Parameters)}
 
