@@ -48,7 +48,7 @@ os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
 os.environ["ROS_PYTHON_CHECK_FIELDS"] = "1"  # before the first message is made: setters check types and ranges
 
 # Ours is the publisher's process: without this, best-effort images above 512 kB are mostly lost.
-PROFILE = str(ROOT / "config" / "fastdds_camera.xml")
+PROFILE = str(ROOT / "config" / "fastdds_large_images.xml")
 os.environ.setdefault("FASTRTPS_DEFAULT_PROFILES_FILE", PROFILE)
 os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", PROFILE)
 
