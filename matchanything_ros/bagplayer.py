@@ -1,8 +1,7 @@
-"""Recorded images through the node's own classes: Pairing, to_array, Matcher, estimate_homography, messages."""
+"""Recorded images through what the node uses: Pairing, answer, messages."""
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 import time
 from collections.abc import Iterator
@@ -10,10 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from matchanything_ros import messages
+from matchanything_ros.answer import Answer, answer
 from matchanything_ros.bags import CORRESPONDENCES, HOMOGRAPHY, McapRecording
 from matchanything_ros.errors import UserError
-from matchanything_ros.images import to_array
-from matchanything_ros.match_files import Result, match_pair
 from matchanything_ros.matcher import Matcher
 from matchanything_ros.pairing import Pair, Pairing
 from matchanything_ros.report import PairRecord
@@ -27,8 +25,7 @@ class Kept:
     """A pair that may end as a picture in the report; ordered by `rank`."""
 
     rank: tuple[float, int]
-    images: tuple[Any, Any] = field(compare=False)
-    result: Result = field(compare=False)
+    answer: Answer = field(compare=False)
     caption: str = field(compare=False)
 
 
@@ -90,52 +87,40 @@ class BagPlayer:
             return start
         (received0, message0), (received1, message1) = pair.image0, pair.image1
         begin = time.perf_counter()
-        result, pictures = self._match(message0, message1)
+        answered = answer(self.matcher, message0, message1, threshold_px=self.threshold_px)
         busy = round(1e9 * (time.perf_counter() - begin))
         arrival = max(received0, received1)
         first = start if self._start is None else self._start
         record = PairRecord.of(
             (arrival - first) * 1e-9,
             (pair.stamp0, pair.stamp1),
-            result.estimate,
+            answered.estimate,
             (max(start, arrival) - arrival + busy) * 1e-6,
-            result.timings_ms,
+            answered.timings_ms,
         )
         self.records.append(record)
-        self._record(message0, message1, result, arrival)
-        if pictures is not None:
-            self._keep(record, result, pictures)
+        self._record(message0, message1, answered, arrival)
+        if answered.failure:
+            self.errors[answered.failure] = self.errors.get(answered.failure, 0) + 1
+        else:
+            self._keep(record, answered)
         return start + busy
 
-    def _match(self, message0: Any, message1: Any) -> tuple[Result, tuple[Any, Any] | None]:
-        start = time.perf_counter()
-        try:
-            pictures = to_array(message0), to_array(message1)
-            decoded = 1e3 * (time.perf_counter() - start)
-            result = match_pair(self.matcher, *pictures, self.threshold_px)
-        except UserError as error:
-            # As live: the pair is answered, with a status, and the reason is counted.
-            self.errors[str(error)] = self.errors.get(str(error), 0) + 1
-            sizes = [(getattr(m, "width", 0), getattr(m, "height", 0)) for m in (message0, message1)]
-            matches, estimate = messages.not_computed(sizes[0], sizes[1])
-            return Result(matches, estimate, {}), None
-        return dataclasses.replace(result, timings_ms={"decode": decoded, **result.timings_ms}), pictures
-
-    def _record(self, message0: Any, message1: Any, result: Result, time_ns: int) -> None:
+    def _record(self, message0: Any, message1: Any, answered: Answer, time_ns: int) -> None:
         recording = self.recording
         headers = [recording.header(message.header) for message in (message0, message1)]
-        arguments = (*headers, result.matches, result.estimate, self.matcher.bundle)
+        arguments = (*headers, answered.matches, answered.estimate, self.matcher.bundle)
         types = recording.store.types
         recording.write(
             f"{NODE}/correspondences", messages.correspondences(types[CORRESPONDENCES], *arguments), time_ns
         )
         recording.write(f"{NODE}/homography", messages.homography(types[HOMOGRAPHY], *arguments), time_ns)
 
-    def _keep(self, record: PairRecord, result: Result, pictures: tuple[Any, Any]) -> None:
+    def _keep(self, record: PairRecord, answered: Answer) -> None:
         """Keep the pairs with the most and with the fewest inliers."""
         caption = f"pair {len(self.records)} at {record.time_s:.2f} s"
         for heap, sign in ((self.best, 1), (self.worst, -1)):
-            kept = Kept((sign * record.num_inliers, -len(self.records)), pictures, result, caption)
+            kept = Kept((sign * record.num_inliers, -len(self.records)), answered, caption)
             if len(heap) < PICTURES:
                 heapq.heappush(heap, kept)
             else:

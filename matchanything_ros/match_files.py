@@ -151,16 +151,14 @@ def write_result(
         "image1": {"file": str(args.image1), "width": matches.size1[0], "height": matches.size1[1]},
     }
     (folder / "result.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    write_picture(folder / "matches.jpg", match_picture(image0, image1, result))
+    write_picture(folder / "matches.jpg", _picture(image0, image1, result))
     if matches.warp is not None and matches.cert is not None:
         np.savez_compressed(folder / "dense.npz", warp=matches.warp, cert=matches.cert)
         write_picture(folder / "dense.jpg", draw_dense(image0, image1, matches.warp, matches.cert))
 
 
-def match_picture(image0: Image, image1: Image, result: Result, title: str = "") -> npt.NDArray[np.uint8]:
-    """The picture of one result, with a caption that says in words what it shows."""
+def _picture(image0: Image, image1: Image, result: Result) -> npt.NDArray[np.uint8]:
     matches, estimate = result.matches, result.estimate
-    caption = f"{estimate.num_inliers} inliers of {len(matches)} matches, homography {estimate.status.name}"
     return draw_matches(
         image0,
         image1,
@@ -168,7 +166,7 @@ def match_picture(image0: Image, image1: Image, result: Result, title: str = "")
         matches.keypoints1,
         inliers=estimate.inliers,
         homography=estimate.matrix,
-        caption=f"{title}: {caption}" if title else caption,
+        caption=f"{estimate.num_inliers} inliers of {len(matches)} matches, homography {estimate.status.name}",
     )
 
 

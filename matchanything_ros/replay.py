@@ -21,7 +21,6 @@ from matchanything_ros.errors import UserError
 from matchanything_ros.match_files import (
     add_matcher_arguments,
     check_matcher_arguments,
-    match_picture,
 )
 from matchanything_ros.matcher import Matcher
 from matchanything_ros.outputs import new_folder
@@ -116,7 +115,7 @@ def write_results(folder: Path, args: argparse.Namespace, matcher: Matcher, repl
     document = {**facts, **report.summarise(replay.records), **configuration, "versions": report.versions()}
     (folder / "summary.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     figures = [
-        report.Figure(f"{name} {kept.caption}", encode_jpeg(match_picture(*kept.images, kept.result)))
+        report.Figure(f"{name} {kept.caption}", encode_jpeg(kept.answer.picture()))
         for name, heap in (("Most inliers:", replay.best), ("Fewest inliers:", replay.worst))
         for kept in sorted(heap, reverse=True)
     ]
