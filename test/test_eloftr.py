@@ -150,20 +150,27 @@ def test_padding_that_is_left_out_changes_nothing(monkeypatch: pytest.MonkeyPatc
 
 
 def test_best_pairs_are_those_of_the_whole_matrix() -> None:
+    """Whatever is above 1 / (PARTNERS + 1) is found, best first, where rows sum to at most 1 as confidences do."""
     generator = torch.Generator().manual_seed(3)
     size0, size1 = (9, 7), (6, 8)
-    conf = torch.rand(63, 48, generator=generator)
-    conf[30] += 2  # one cell with many partners: there is no mutual test
+    conf = torch.softmax(9 * torch.rand(63, 48, generator=generator), 1)
+    row = 4 * 7 + 3
+    conf[row] = 0
+    conf[row, torch.arange(48).reshape(6, 8)[2:4, 2:6].flatten()] = torch.linspace(0.11, 0.14, 8)  # many partners
     mask0, mask1 = torch.zeros(size0), torch.zeros(size1)
     mask0[2:-2, 2:-2], mask1[2:-2, 2:-2] = 1, 1
     inside = conf * mask0.reshape(-1, 1) * mask1.reshape(1, -1)
-    for count in (1, 13, 120, 500):
+    expected = inside.flatten().sort(descending=True)[0]
+    expected = expected[expected > 1 / (coarse.PARTNERS + 1)]
+    assert len(expected) > 10 and (conf > expected[-1]).sum() > len(expected)  # some lie in the border
+    for count in (1, 13, 120, 700):
         scores, cells0, cells1 = coarse.best_pairs(conf, size0, size1, count)
-        real = min(count, int((inside > 0).sum()))
-        assert torch.equal(scores[:real], inside.flatten().sort(descending=True)[0][:real])
-        assert not scores[real:].any()
-        assert torch.equal(conf[cells0[:real], cells1[:real]], scores[:real])
-        assert len({*zip(cells0[:real].tolist(), cells1[:real].tolist(), strict=True)}) == real
+        assert scores.shape == cells0.shape == cells1.shape == (count,)
+        real = min(count, len(expected))
+        assert torch.equal(scores[:real], expected[:real])
+        found = scores > 0
+        assert torch.equal(inside[cells0[found], cells1[found]], scores[found])
+        assert len({*zip(cells0[found].tolist(), cells1[found].tolist(), strict=True)}) == int(found.sum())
 
 
 def test_windows_equal_those_cut_at_full_resolution() -> None:

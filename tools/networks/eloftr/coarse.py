@@ -10,10 +10,11 @@ from matchanything_tools.networks.topk import topk
 
 TEMPERATURE = 0.1
 BORDER = 2  # cells at the border of the valid area that are never matched
+PARTNERS = 9  # of one cell, at most; see best_pairs
 
 
 def confidence(features0: Tensor, features1: Tensor) -> Tensor:
-    """float32 [C, N0] and [C, N1] -> confidence [N0, N1]: softmax over image 0 times softmax over image 1.
+    """[C, N0] and [C, N1] -> confidence [N0, N1]: softmax over image 0 times softmax over image 1, in their precision.
 
     There is no mutual nearest neighbour test: a cell may have several partners, as in the original.
     """
@@ -23,24 +24,19 @@ def confidence(features0: Tensor, features1: Tensor) -> Tensor:
 
 
 def best_pairs(conf: Tensor, size0: tuple[int, int], size1: tuple[int, int], count: int) -> tuple[Tensor, ...]:
-    """The `count` largest entries of conf [h0 * w0, h1 * w1], best first: scores [K], cells i [K] and j [K].
+    """The `count` largest entries of conf [h0 * w0, h1 * w1], best first: float32 scores [K], cells i [K] and j [K].
 
-    Exact and of fixed shape: whatever is among the K best of the matrix lies in one of the K rows with the largest
-    maxima, and there in one of the K (row of conf, row of image 1) stretches with the largest maxima. Pairs in the
-    border, and rows added where there are fewer than K, have score 0.
+    Each row gives its PARTNERS largest entries, and the K largest of these are taken. Confidences of a row sum to at
+    most 1, so that this holds every entry above 1 / (PARTNERS + 1), whatever the matrix: all that the threshold of the
+    published configuration lets pass. Pairs in the border, and rows added where there are fewer than K, have score 0.
     """
     (h0, w0), (h1, w1) = size0, size1
-    inner = conf.reshape(h0 * w0 * h1, w1)[:, BORDER : w1 - BORDER]
-    width = w1 - 2 * BORDER
-    stretch = inner.amax(1).reshape(h0 * w0, h1) * _allowed(h0, w0, h1, conf.device)
-    rows = _largest(stretch.amax(1), count)[1]
-    chosen, place = _largest(stretch.index_select(0, rows).reshape(-1), count)
-    source, rows1 = quotient(place, h1)
-    cells0 = rows.index_select(0, source)
-    candidates = inner.index_select(0, cells0 * h1 + rows1) * (chosen > 0).to(conf.dtype)[:, None]
-    scores, place = _largest(candidates.reshape(-1), count)
-    which, column = quotient(place, width)
-    return scores, cells0.index_select(0, which), rows1.index_select(0, which) * w1 + column + BORDER
+    best, partner = torch.topk(conf, PARTNERS)
+    allowed = _inside(h0, w0, conf.device)[:, None] * _inside(h1, w1, conf.device).index_select(
+        0, partner.reshape(-1)
+    ).reshape(-1, PARTNERS)
+    scores, place = _largest((best.float() * allowed).reshape(-1), count)
+    return scores, quotient(place, PARTNERS)[0], partner.reshape(-1).index_select(0, place)
 
 
 def quotient(index: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
@@ -59,12 +55,11 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return best * inside.to(best.dtype), torch.where(inside, index, torch.zeros_like(index))
 
 
-def _allowed(h0: int, w0: int, h1: int, device: torch.device) -> Tensor:
-    """[h0 * w0, h1] float32: 1 where neither the cell of image 0 nor the row of image 1 lies in the border."""
-    rows0, columns0, rows1 = (_inside(length, device) for length in (h0, w0, h1))
-    return (rows0[:, None] * columns0).reshape(-1, 1) * rows1
-
-
-def _inside(length: int, device: torch.device) -> Tensor:
-    index = torch.arange(length, device=device)
-    return ((index >= BORDER) & (index < length - BORDER)).to(torch.float32)
+def _inside(height: int, width: int, device: torch.device) -> Tensor:
+    """[height * width] float32: 1 where a cell may be matched, 0 in the border."""
+    rows, columns = (
+        ((index >= BORDER) & (index < length - BORDER)).to(torch.float32)
+        for length in (height, width)
+        for index in (torch.arange(length, device=device),)
+    )
+    return (rows[:, None] * columns).reshape(-1)

@@ -86,8 +86,9 @@ class Refinement(nn.Module):
         # Constant matrices stand on the right of every product: runtimes then see one large product, not K small ones.
         first0, first1 = windows0[..., :MATCHING], windows1[..., :MATCHING]
         half = (first1 @ first0.transpose(1, 2)) @ self.up0.T  # [K, 36, 64]: image 1 still at half resolution
-        similarity = half.transpose(1, 2) @ self.up1_inner_first.T * (1 / 64)  # 64: all channels, as in the original
-        conf = torch.softmax(similarity, 1)[..., :64] * torch.softmax(similarity, 2)[..., :64]
+        half = half.transpose(1, 2) * (1 / 64)  # 64: all channels, as in the original
+        # The ring around the 8x8 pixels of image 1 counts in the sum over image 1 only.
+        conf = torch.softmax(half @ self.up0.T, 1) * torch.softmax(half @ self.up1_inner_first.T, 2)[..., :64]
         pixel0, pixel1 = quotient(conf.flatten(1).argmax(1), 64)
 
         gram = windows0[..., MATCHING:] @ windows1[..., MATCHING:].transpose(1, 2)

@@ -85,7 +85,7 @@ class EfficientLoFTR(nn.Module):
             pyramids = [(quarter0, half0), (quarter1, half1)]
         map0, map1 = self._transform(map0, map1, grid0, grid1, together)
 
-        conf = coarse.confidence(map0.flatten(2)[0].float(), map1.flatten(2)[0].float())
+        conf = coarse.confidence(map0.flatten(2)[0], map1.flatten(2)[0])
         scores, cells0, cells1 = coarse.best_pairs(conf, size0, size1, self.max_matches)
 
         maps = [torch.cat([map0, map1])] if together else [map0, map1]

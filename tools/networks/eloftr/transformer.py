@@ -34,6 +34,7 @@ class AggregatedAttention(nn.Module):
     """One layer; attribute names are the published keys. Only what `fuse` made of them is used by `forward`."""
 
     pooling: Tensor
+    ones: Tensor
     to_query: Tensor
     to_key_value: Tensor
     from_cell: Tensor
@@ -64,6 +65,7 @@ class AggregatedAttention(nn.Module):
         keys = [key, _rotated(key)] if self.rotary else [key]
         weights = {
             "pooling": self.aggregate.weight.double().reshape(WIDTH, BLOCK * BLOCK).T.reshape(-1, 1, 1, WIDTH),
+            "ones": torch.ones(1, BLOCK * BLOCK),
             "to_query": torch.cat(queries).T,
             "to_key_value": torch.cat([*keys, value]).T,
             "from_cell": first[:, :WIDTH].T,
@@ -77,8 +79,11 @@ class AggregatedAttention(nn.Module):
 
     def forward(self, x: Tensor, source: Tensor, grid: Grid, source_grid: Grid) -> Tensor:
         """x [16, T, B, C] attends to source [16, S, B, C]; returns the new x."""
-        queries = self.norm1((x * self.pooling).sum(0)) @ self.to_query
-        keys_values = self.norm1(source.amax(0)) @ self.to_key_value
+        # A product with ones sums over the first axis, and max() takes its maximum, in the type that is there: for
+        # sum() and amax() of fp16 the exporter inserts casts to fp32 and back.
+        pooled = (self.ones @ (x * self.pooling).flatten(1)).reshape(x.shape[1:])
+        queries = self.norm1(pooled) @ self.to_query
+        keys_values = self.norm1(source.max(0).values) @ self.to_key_value
         if self.rotary:
             query, turned = queries.split(WIDTH, -1)
             query = query * grid.cos + turned * grid.sin
