@@ -54,6 +54,8 @@ def test_commands_exist() -> None:
         words = shlex.split(line, comments=True)
         if words[0] == "matchanything":
             assert words[1] in COMMANDS, line
+        elif words[0] == "match_node":
+            assert 'match_node = "matchanything_ros.' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
         elif words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, flags=re.M), line
         else:
