@@ -110,7 +110,7 @@ def test_local_correlation_is_what_sampling_gives(pieces: str, monkeypatch: pyte
     """Against the definition: sample the other image at every offset. The flow leaves the image on all sides."""
     if pieces == "gather":
         monkeypatch.setattr(correlation, "VOLUME_CELLS", 0)
-        monkeypatch.setattr(correlation, "GATHER_BYTES", 100_000)  # several pieces
+    monkeypatch.setattr(correlation, "PIECE_BYTES", 40_000)  # several pieces
     generator = torch.Generator().manual_seed(2)
     height, width, radius = 11, 14, 2
     x, y = torch.randn(2, 2, 16, height, width, generator=generator).unbind(0)

@@ -101,6 +101,7 @@ class OnnxRuntimeEngine:
             "device_id": "0",
             "cudnn_conv_algo_search": "EXHAUSTIVE",
             "use_tf32": "1",
+            "enable_skip_layer_norm_strict_mode": "1",  # otherwise fused layer norms sum in fp16 and overflow
             "prefer_nhwc": "1",
             "fuse_conv_bias": "1",  # otherwise a slow kernel of cuDNN adds each bias (measured: a third of the time)
             "arena_extend_strategy": "kSameAsRequested",  # the default doubles: gigabytes for a network of megabytes

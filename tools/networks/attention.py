@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from onnxscript import opset20 as op
 from onnxscript import script
 from onnxscript.values import Opset
+from torch import nn
 
 _DOMAIN = "com.microsoft"
 
@@ -31,6 +32,47 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_h
         return result
     heads = (x.unflatten(2, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention of tokens [B, N, width], with q, k and v in one published matrix."""
+
+    def __init__(self, width: int, heads: int, bias: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.proj = nn.Linear(width, width)
+
+    @torch.no_grad()
+    def bake(self) -> None:
+        """Three matrices instead of one that is split again, and of their biases only that of the query.
+
+        The key's adds the same to all scores of a query, which the softmax cancels; the value's passes through the
+        weights, whose sum is 1, and so belongs to the bias of the projection.
+        """
+        query, key, value = self.qkv.weight.chunk(3)
+        bias = None
+        if self.qkv.bias is not None:
+            bias, _, of_value = self.qkv.bias.chunk(3)
+            self.proj.bias = nn.Parameter(self.proj.bias + self.proj.weight @ of_value, requires_grad=False)
+        del self.qkv
+        self.query, self.key, self.value = _linear(query, bias), _linear(key), _linear(value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if hasattr(self, "qkv"):
+            query, key, value = self.qkv(x).chunk(3, dim=2)
+        else:
+            query, key, value = self.query(x), self.key(x), self.value(x)
+        return self.proj(attention(query, key, value, self.heads))
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.clone(), requires_grad=False)
+    return linear
 
 
 @script(Opset(_DOMAIN, 1), default_opset=op)

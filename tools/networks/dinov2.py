@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from matchanything_tools.networks.attention import attention
+from matchanything_tools.networks.attention import SelfAttention
 
 PATCH = 14
 WIDTH, DEPTH, HEADS = 1024, 24, 16
@@ -41,7 +41,7 @@ class DinoV2(nn.Module):
         del self.pos_embed, self.cls_token, self.mask_token
         self.table = nn.Parameter(table.to(self.norm.weight.dtype), requires_grad=False)
         for block in self.blocks:
-            block.fold_scales()
+            block.bake()
         return self
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -72,17 +72,6 @@ def position_table(pos_embed: torch.Tensor, rows: int, columns: int) -> torch.Te
     return torch.cat((pos_embed[:, :1], grid.flatten(2).transpose(1, 2)), 1)
 
 
-class _Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.proj = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        query, key, value = self.qkv(x).split(WIDTH, dim=2)
-        return self.proj(attention(query, key, value, HEADS))
-
-
 class _LayerScale(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -106,15 +95,16 @@ class _Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(WIDTH, eps=1e-6)
-        self.attn = _Attention()
+        self.attn = SelfAttention(WIDTH, HEADS, bias=True)
         self.ls1 = _LayerScale()
         self.norm2 = nn.LayerNorm(WIDTH, eps=1e-6)
         self.mlp = _Mlp()
         self.ls2 = _LayerScale()
 
     @torch.no_grad()
-    def fold_scales(self) -> None:
-        """gamma * (W x + b) = (gamma W) x + gamma b: one operation less in each branch."""
+    def bake(self) -> None:
+        """gamma * (W x + b) = (gamma W) x + gamma b: one operation less in each branch. Attention: see there."""
+        self.attn.bake()
         for linear, scale in ((self.attn.proj, self.ls1), (self.mlp.fc2, self.ls2)):
             linear.weight = nn.Parameter(linear.weight * scale.gamma[:, None], requires_grad=False)
             linear.bias = nn.Parameter(linear.bias * scale.gamma, requires_grad=False)

@@ -10,8 +10,8 @@ from itertools import pairwise
 
 import torch
 
-VOLUME_CELLS = 12_000  # maps up to this many cells: all pairs in one product, 2 x 272 MB in fp16 at this size
-GATHER_BYTES = 256 << 20  # larger maps: features are gathered in pieces of about this size
+VOLUME_CELLS = 20_000  # maps up to this many cells: products of all pairs, of which those of the window are picked
+PIECE_BYTES = 128 << 20  # larger maps: the features of the window are gathered. Either way in pieces of about this size
 
 
 def local_correlation(x: torch.Tensor, y: torch.Tensor, flow: torch.Tensor, radius: int) -> torch.Tensor:
@@ -46,14 +46,18 @@ def _window(target: torch.Tensor, size: int, radius: int) -> tuple[torch.Tensor,
 def _dots(left: torch.Tensor, right: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """left[b, n] . right[b, index[b, n, k]] -> [B, N, K]."""
     batch, cells, channels = left.shape
-    if cells <= VOLUME_CELLS:
-        return torch.stack([(left[b] @ right[b].T).gather(1, index[b]) for b in range(batch)])
     window = index.shape[2]
-    pieces = -(-cells * window * channels * left.element_size() // GATHER_BYTES)
+    volume = cells <= VOLUME_CELLS
+    row_bytes = left.element_size() * (cells if volume else window * channels)
+    pieces = -(-cells * row_bytes // PIECE_BYTES)
     edges = [cells * i // pieces for i in range(pieces + 1)]
     results = []
     for b in range(batch):
         for start, end in pairwise(edges):
-            near = right[b].index_select(0, index[b, start:end].flatten()).unflatten(0, (end - start, window))
-            results.append((near @ left[b, start:end, :, None])[..., 0])
+            some, where = left[b, start:end], index[b, start:end]
+            if volume:
+                results.append((some @ right[b].T).gather(1, where))
+            else:
+                near = right[b].index_select(0, where.flatten()).unflatten(0, (end - start, window))
+                results.append((near @ some[:, :, None])[..., 0])
     return torch.cat(results).unflatten(0, (batch, cells))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from matchanything_tools.networks.attention import attention
+from matchanything_tools.networks.attention import SelfAttention
 from matchanything_tools.networks.roma.grids import pixel_grid
 
 WIDTH, HEADS, DEPTH = 1024, 8, 5
@@ -48,17 +48,6 @@ def decode_anchors(logits: torch.Tensor) -> torch.Tensor:
     return (weights[..., None] * F.embedding(index, table)).sum(2) / weights.sum(2, keepdim=True)
 
 
-class _Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
-        self.proj = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        query, key, value = self.qkv(x).split(WIDTH, dim=2)
-        return self.proj(attention(query, key, value, HEADS))
-
-
 class _Mlp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +62,7 @@ class _Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(WIDTH)
-        self.attn = _Attention()
+        self.attn = SelfAttention(WIDTH, HEADS, bias=False)
         self.norm2 = nn.LayerNorm(WIDTH)
         self.mlp = _Mlp()
 

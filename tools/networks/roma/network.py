@@ -70,6 +70,8 @@ class Roma(nn.Module):
         fold_batch_norms(self)
         self.dinov2.bake(height, width).to(dtype)
         self.decoder.gps["16"].bake(height // PATCH, width // PATCH)
+        for block in self.decoder.embedding_decoder.blocks:
+            block.attn.bake()
         self.encoder.to(dtype)
         self.decoder.proj.to(dtype)
         self.decoder.embedding_decoder.blocks.to(dtype)

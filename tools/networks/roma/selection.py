@@ -13,10 +13,12 @@ Hence a small overlap is filled densely and a large one evenly, and no neighbour
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
-from matchanything_tools.networks.topk import topk
+from matchanything_tools.networks.topk import topk, topk_blocks
 
 FINE, COARSE = 4, 16  # sides of the cells, in pixels of the network's input
 CERTAIN = 0.05
@@ -48,7 +50,8 @@ def select(
     best, order = torch.topk(cells.amax(2), ratio * ratio, dim=1)  # along a row: its rank
     turns = torch.arange(ratio * ratio, 0, -1, dtype=torch.float32)
     priority = torch.where(best > CERTAIN, best + turns, best).flatten()
-    chosen = topk(priority, count)[1]
+    block = math.isqrt(len(priority) // count)  # neighbours are ranks of one cell
+    chosen = topk_blocks(priority[None], count, block=block)[1][0] if block > 1 else topk(priority, count)[1]
     scores, by_score = topk(best.flatten().index_select(0, chosen), count)
     chosen = chosen.index_select(0, by_score)
 
