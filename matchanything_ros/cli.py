@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -73,6 +74,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except SystemExit as stop:  # argparse: 0 after --help, 2 for wrong usage
         return stop.code if isinstance(stop.code, int) else 1
+    except BrokenPipeError:  # whoever read our output has seen enough (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit fails once more
+        return 0
     except (OSError, MemoryError) as error:
         if debug:
             raise

@@ -53,6 +53,17 @@ def test_doctor_says_what_a_half_installed_machine_lacks(tmp_path: Path) -> None
     assert "rclpy: the node does not run" in missing and "onnxruntime: the backend" in missing
 
 
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    code = "import sys; from matchanything_ros.cli import main; sys.exit(main(['doctor']))"
+    command = [sys.executable, "-u", "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=120) == 0
+        assert process.stderr.read() == ""
+
+
 def records(count: int) -> list[PairRecord]:
     return [
         PairRecord(
