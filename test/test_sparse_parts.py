@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from matchanything_tools.networks.maxima import largest
 from matchanything_tools.networks.mutual import match
 from matchanything_tools.networks.sampling import DeformableConv3x3, sample
 from matchanything_tools.networks.topk import topk, topk_blocks
@@ -36,6 +37,13 @@ def test_topk_is_topk(count: int, k: int, limit: int, block: int, seed: int) -> 
     if k <= count:
         found, index = topk(values, k, limit=limit)
         assert torch.equal(found, wanted.values[:, :k]) and torch.equal(index, wanted.indices[:, :k])
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 70, 131), (65, 4096), (1, 1, 1)])
+def test_largest_is_the_maximum(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape) - 9
+    for axis in (-1, -2):
+        assert torch.equal(largest(x, axis), x.amax(dim=axis, keepdim=True))
 
 
 class Function(torch.nn.Module):

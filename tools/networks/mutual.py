@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from matchanything_tools.networks.maxima import largest
 from matchanything_tools.networks.topk import topk
 
 CRITERIA = ("dual_softmax", "mutual", "ratio")
@@ -58,7 +59,7 @@ def match(
     best, partners = torch.topk(similarity, candidates, dim=1)
     scores, partner = best[:, 0], partners[:, 0]
     # Best in the other direction too: compared by value, which needs one reduction and no second search for the place.
-    keep = (scores >= similarity.amax(dim=0)[partner]) & (scores > 0)
+    keep = (scores >= largest(similarity, -2)[0, partner]) & (scores > 0)
     if criterion == "ratio":
         distance = (2 - 2 * best).clamp(min=0).sqrt()
         keep = keep & (distance[:, 0] <= ratio * distance[:, 1])

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from matchanything_tools.networks.maxima import largest
 from matchanything_tools.networks.sampling import pixel_grid, sample
 from matchanything_tools.networks.topk import topk
 
@@ -36,13 +37,15 @@ def select(maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     height, width = maxima.shape[2:]
     rows, columns = (height + 2) // 3, (width + 2) // 3
-    padded = F.pad(maxima, (0, 2, 0, 2))[:, 0].narrow(1, 0, rows * 3).narrow(2, 0, columns * 3)
+    padded = F.pad(maxima, (0, 2, 0, 2)).narrow(2, 0, rows * 3).narrow(3, 0, columns * 3)
     blocks = padded.reshape(-1, rows, 3, columns, 3).transpose(2, 3).reshape(-1, rows * columns, 9)
-    scores, block = topk(F.pad(blocks.amax(dim=2), (0, k)), k)  # padding: a small image has fewer than k blocks
+    highest = F.max_pool2d(padded, 3, stride=3).reshape(-1, rows * columns)
+    scores, block = topk(F.pad(highest, (0, k)), k)  # padding: a small image has fewer than k blocks
     block = block.clamp(max=rows * columns - 1)
     nine = blocks.gather(1, block.unsqueeze(2).expand(-1, -1, 9))
-    places = torch.arange(9, device=maxima.device)
-    place = torch.where(nine == scores.unsqueeze(2), places, torch.zeros_like(places)).amax(dim=2)
+    places = torch.arange(9, device=maxima.device, dtype=torch.float32)
+    place = largest(torch.where(nine == scores.unsqueeze(2), places, torch.zeros_like(places)), -1)[..., 0]
+    place = place.to(torch.int64)
     across = torch.full_like(block, columns)  # a tensor: the exporter knows no remainder by a dynamic number
     x = (block % across) * 3 + place % 3
     y = (block // across) * 3 + place // 3

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from matchanything_tools.networks.dedode.decoder import Decoder, resize
 from matchanything_tools.networks.dinov2 import PATCH, DinoV2
+from matchanything_tools.networks.maxima import largest
 from matchanything_tools.networks.sampling import sample, size_xy
 from matchanything_tools.networks.topk import topk_blocks
 from matchanything_tools.networks.vgg import VGG19
@@ -92,7 +93,10 @@ def detect(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     logits [B, 1, H, W] -> keypoints [B, k, 2] (whole pixels), scores [B, k], best first (not probabilities).
     """
     height, width = logits.shape[2:]
-    probability = torch.softmax(logits[:, 0].flatten(1), dim=1).reshape(-1, height, width)
+    # The softmax over all pixels, in steps that many threads share.
+    logits = logits[:, 0]
+    exponential = torch.exp(logits - largest(largest(logits, -1), -2))
+    probability = exponential / exponential.sum(dim=(1, 2), keepdim=True)
     density = density_matrix(height, logits) @ ((probability + 1e-6) * 1e4) @ density_matrix(width, logits)
     score = (probability * torch.rsqrt(density + 1e-8)).flatten(1)
     # The least work is with blocks of sqrt(pixels / k); 8 is near that for the usual sizes and numbers.
