@@ -12,6 +12,7 @@ import pytest
 from trivial_bundle import write_trivial_bundle
 
 from matchanything_ros import Matcher, estimate_homography
+from matchanything_ros.bundle import sha256_of
 from matchanything_ros.cli import main
 from matchanything_ros.images import Stretch, stretch_to_8_bits
 from matchanything_ros.match_files import read_image
@@ -147,3 +148,37 @@ def test_a_result_folder_is_complete_or_as_it_was(tmp_path: Path) -> None:
         (folder / "a").write_text("3")
     assert (out / "a").read_text() == "3" and (out / "mine").read_text() == "keep"
     assert sorted(os.listdir(tmp_path)) == ["out"]
+
+
+def write_dense_bundle(path: Path) -> tuple[Path, np.ndarray, np.ndarray]:
+    """The trivial bundle with two more outputs, both constant: warp [1, 4, 12, 16] and cert [1, 1, 12, 16]."""
+    onnx = pytest.importorskip("onnx")
+    write_trivial_bundle(path)
+    rng = np.random.default_rng(0)
+    dense = {
+        "warp": rng.uniform(-1, 1, (1, 4, 12, 16)).astype(np.float32),
+        "cert": rng.uniform(0, 1, (1, 1, 12, 16)).astype(np.float32),
+    }
+    model = onnx.load(path)
+    for name, value in dense.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value, f"{name}_value"))
+        model.graph.node.append(onnx.helper.make_node("Add", [f"{name}_value", "none0"], [name]))
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, value.shape))
+    onnx.save(model, path)
+    manifest = json.loads(path.with_suffix(".json").read_text())
+    manifest |= {"outputs": [*manifest["outputs"], "warp", "cert"], "onnx_sha256": sha256_of(path)}
+    path.with_suffix(".json").write_text(json.dumps(manifest))
+    return path, dense["warp"][0], dense["cert"][0, 0]
+
+
+def test_a_dense_network_also_leaves_its_warp(tmp_path: Path) -> None:
+    bundle, warp, cert = write_dense_bundle(tmp_path / "dense.onnx")
+    flags = ["--bundle", str(bundle), "--out", str(tmp_path / "out")]
+    images = [str(PAIR / "0.jpg"), str(PAIR / "1.jpg")]
+    assert main(["match", *images, *flags, "--dense"]) == 0
+    with np.load(tmp_path / "out" / "dense.npz") as arrays:
+        np.testing.assert_array_equal(arrays["warp"], warp)
+        np.testing.assert_array_equal(arrays["cert"], cert)
+    assert cv2.imread(str(tmp_path / "out" / "dense.jpg")) is not None
+    assert main(["match", *images, "--bundle", str(bundle), "--out", str(tmp_path / "plain")]) == 0
+    assert not (tmp_path / "plain" / "dense.npz").exists()
