@@ -75,7 +75,7 @@ class TorchContender:
         self._item = rebuild(bundle, weights, "fp32" if authors else bundle.manifest.precision)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._autocast = mode == "original-autocast" or (mode == "original" and self._item.family in AUTOCAST)
-        self._module = self._item.module.eval().to(self._device)
+        self._module: Any = self._item.module.eval().to(self._device)
         self._captured: tuple[Any, list[Any], Any] | None = None
         self._capture = mode == "pytorch-graph" and self._device.type == "cuda"
 

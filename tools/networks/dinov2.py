@@ -46,6 +46,7 @@ class DinoV2(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embed["proj"](image).flatten(2).transpose(1, 2)
+        table: torch.Tensor
         if hasattr(self, "table"):
             table = self.table
         else:
@@ -108,7 +109,7 @@ class _Block(nn.Module):
         for linear, scale in ((self.attn.proj, self.ls1), (self.mlp.fc2, self.ls2)):
             linear.weight = nn.Parameter(linear.weight * scale.gamma[:, None], requires_grad=False)
             linear.bias = nn.Parameter(linear.bias * scale.gamma, requires_grad=False)
-        self.ls1 = self.ls2 = nn.Identity()
+        self.ls1 = self.ls2 = nn.Identity()  # type: ignore[assignment]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.ls1(self.attn(self.norm1(x)))

@@ -16,7 +16,7 @@ PART_BYTES = 15 << 20
 
 
 def save_checkpoint(out: Path, state: dict[str, Any]) -> Path:
-    """Write OUT/checkpoint-STEP/part-NN and then remove older ones; a kill at any moment leaves one whole checkpoint."""
+    """Write OUT/checkpoint-STEP/part-NN and then remove older ones; a kill at any moment leaves a whole checkpoint."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getbuffer()

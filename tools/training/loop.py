@@ -248,7 +248,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def train(trainer: Trainer, out: Path, stop_at: int, deadline: float) -> None:
-    """Steps until stop_at, config.steps or the deadline (time.monotonic); curves, checkpoints and weights into `out`."""
+    """Steps until stop_at, config.steps or the deadline (time.monotonic); curves, checkpoints, weights into `out`."""
     config, since, first = trainer.config, time.monotonic(), trainer.step
     sums: dict[str, Tensor] = {}
     last = min(stop_at, config.steps)

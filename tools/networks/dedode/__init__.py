@@ -158,6 +158,7 @@ def exportable(args: argparse.Namespace) -> Exportable:
     image = torch.rand(2, 3, height, width)
     shapes = sparse_pair.dynamic_shapes(inputs, step=8) or {"image0": {}}
     shapes = {"image": {0: torch.export.Dim("batch"), **shapes["image0"]}}
+    outputs: tuple[str, ...]
     if detector is not None:
         example, outputs = {"image": image}, ("keypoints", "scores")
     else:

@@ -32,7 +32,7 @@ class Features(NamedTuple):
 
 
 class Kestrel(nn.Module):
-    """The network; `features` for both images at once, then `window` and `patch` for the cells that are to be refined."""
+    """The network; `features` of both images at once, then `window` and `patch` for the cells to be refined."""
 
     def __init__(self, widths: tuple[int, int, int] = (32, 96, 192), layers: int = 4, fine: int = 64) -> None:
         super().__init__()
@@ -68,10 +68,7 @@ class Kestrel(nn.Module):
         tables = [rotary_table(t.shape[1] // 4, t.shape[2] // 4, self.dim, rope_scale, t) for t in tokens]
         for self_layer, cross_layer in zip(self.self_layers, self.cross_layers, strict=True):
             tokens = [self_layer(t, t, table) for t, table in zip(tokens, tables, strict=True)]
-            if len(tokens) == 1:
-                others = [torch.cat(tokens[0].chunk(2)[::-1])]
-            else:
-                others = tokens[::-1]
+            others = [torch.cat(tokens[0].chunk(2)[::-1])] if len(tokens) == 1 else tokens[::-1]
             tokens = [cross_layer(t, other) for t, other in zip(tokens, others, strict=True)]
         return tokens
 

@@ -54,9 +54,11 @@ class ConvRefiner(nn.Module):
                 block[0] = _conv(weight, bias, width + extra)
                 weight, bias = (self._insert(x, 0, extra) for x in (pointwise.weight, pointwise.bias))
                 block[3] = _conv(self._insert(weight, 1, extra), bias)
-            self.out_conv = _conv(self._insert(self.out_conv.weight, 1, extra), self.out_conv.bias)
-            weight, bias = self.disp_emb.weight, self.disp_emb.bias
-            self.disp_emb = _conv(torch.cat((weight, weight.new_zeros(extra, 2, 1, 1))), F.pad(bias, (0, extra)))
+            out, embedding = self.out_conv, self.disp_emb
+            assert out.bias is not None and embedding.bias is not None
+            self.out_conv = _conv(self._insert(out.weight, 1, extra), out.bias)
+            more = embedding.weight.new_zeros(extra, 2, 1, 1)
+            self.disp_emb = _conv(torch.cat((embedding.weight, more)), F.pad(embedding.bias, (0, extra)))
         return self
 
     def _insert(self, tensor: torch.Tensor, axis: int, count: int) -> torch.Tensor:
