@@ -105,7 +105,11 @@ class Context:
 
 
 class PycudaDouble:
-    """Put this where pycuda.driver would be. fail: name of a call -> the exception that it raises, once."""
+    """Put this where pycuda.driver would be.
+
+    fail: name of a call -> the exception that it raises, once. lost: what every call raises from now on, as CUDA does
+    after an illegal memory access; only leaving the context still works (seen on a real GPU).
+    """
 
     Error, LogicError, MemoryError, LaunchError = (
         _error(name) for name in ("Error", "LogicError", "MemoryError", "LaunchError")
@@ -114,6 +118,7 @@ class PycudaDouble:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.fail: dict[str, Exception] = {}
+        self.lost: Exception | None = None
         self.memory: list[Memory] = []
         self.page_locked: list[PageLocked] = []
         self.streams: dict[int, Stream] = {}
@@ -161,6 +166,8 @@ class PycudaDouble:
         self.calls.append(name)
         if name in self.fail:
             raise self.fail.pop(name)
+        if self.lost is not None and name not in ("init", "retain_primary_context", "push", "pop", "detach"):
+            raise self.lost
 
     def check(self, name: str) -> None:
         """Record a call that needs a current context."""

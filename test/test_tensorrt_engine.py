@@ -119,42 +119,45 @@ def test_called_from_many_threads(machine: Machine) -> None:
     assert machine.cuda.retained == 0
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "sentence", "sticky"),
-    [
-        (
-            "memcpy_htod_async",
-            "cuMemcpyHtoDAsync failed: an illegal memory access was encountered",
-            "context is lost",
-            True,
-        ),
-        ("synchronize", "cuStreamSynchronize failed: unspecified launch failure", "context is lost", True),
-        ("synchronize", "cuStreamSynchronize failed: no device", "does not answer", True),
-        ("synchronize", "cuStreamSynchronize failed: invalid argument", "if it stays, configure the node again", False),
-    ],
-)
-def test_cuda_errors_become_sentences_and_a_new_engine_works(
-    tmp_path: Path, call: str, error: str, sentence: str, sticky: bool
-) -> None:
-    machine = Machine(tmp_path)
+def test_a_passing_error_is_a_sentence_and_the_next_frame_works(machine: Machine) -> None:
     engine = machine.open()
-    machine.cuda.fail[call] = machine.cuda.LogicError(error)
-    with pytest.raises(CudaFailure, match=sentence) as caught:
+    machine.cuda.fail["synchronize"] = machine.cuda.LogicError("cuStreamSynchronize failed: invalid argument")
+    with pytest.raises(CudaFailure, match="if it stays, configure the node again") as caught:
         engine.run(inputs_of(SIZE))
-    assert caught.value.sticky is sticky and "\n" not in str(caught.value)
-    if sticky:  # nothing is tried any more with a lost context
-        machine.cuda.calls.clear()
-        with pytest.raises(CudaFailure, match=sentence):
-            engine.run(inputs_of(SIZE))
-        assert machine.cuda.calls == []
-    else:
-        engine.run(inputs_of(SIZE))
+    assert not caught.value.sticky
+    inputs = inputs_of(SIZE)
+    assert_same(engine.run(inputs), inputs)
     engine.close()
     assert machine.cuda.retained == 0 and machine.cuda.memory == []
-    again = machine.open()
-    inputs = inputs_of(SIZE)
-    assert_same(again.run(inputs), inputs)
-    again.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            "cuStreamSynchronize failed: an illegal memory access was encountered",
+            "cannot be used in this process any more",
+        ),
+        ("cuStreamSynchronize failed: unspecified launch failure", "cannot be used in this process any more"),
+        ("cuStreamSynchronize failed: no device", "does not answer"),
+    ],
+)
+def test_a_lost_context_is_a_sentence_each_time_and_is_left(tmp_path: Path, error: str, sentence: str) -> None:
+    machine = Machine(tmp_path)
+    engine = machine.open()
+    machine.cuda.lost = machine.cuda.LogicError(error)
+    with pytest.raises(CudaFailure, match=sentence + ".*start the program again") as caught:
+        engine.run(inputs_of(SIZE))
+    assert caught.value.sticky and "\n" not in str(caught.value)
+    machine.cuda.calls.clear()
+    with pytest.raises(CudaFailure, match=sentence):
+        engine.run(inputs_of(SIZE))
+    assert machine.cuda.calls == [], "nothing is tried any more"
+    engine.close()
+    assert machine.cuda.retained == 0 and machine.cuda.calls[-2:] == ["pop", "detach"]
+    with pytest.raises(CudaFailure, match=sentence):
+        machine.open()
+    assert machine.cuda.retained == 0
 
 
 @pytest.mark.parametrize(

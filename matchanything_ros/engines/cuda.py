@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from matchanything_ros.engines.cuda_errors import CudaFailure, explain, is_cuda_error, reset_primary_context
+from matchanything_ros.engines.cuda_errors import CudaFailure, explain, is_cuda_error
 from matchanything_ros.errors import UserError
 
 Result = TypeVar("Result")
@@ -143,7 +143,7 @@ class CudaWorker:
             raise
 
     def _end(self) -> None:
-        # After a sticky error freeing fails as well; the context must be left all the same.
+        # After a sticky error freeing fails as well; the context must be left all the same, or pycuda aborts at exit.
         for release in (*self._at_end, *(buffer.free for buffer in self._buffers)):
             with contextlib.suppress(Exception):
                 release()
@@ -155,8 +155,6 @@ class CudaWorker:
             self.drv.Context.pop()
         with contextlib.suppress(Exception):
             context.detach()
-        if self._broken is not None:
-            reset_primary_context(self._index)
 
 
 def import_pycuda() -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import re
 
 from matchanything_ros.errors import UserError
@@ -21,7 +19,10 @@ _LOST = re.compile(
 
 
 class CudaFailure(UserError):
-    """CUDA failed. sticky: the context is lost; a new engine makes a new one, this one can only be closed."""
+    """CUDA failed. sticky: CUDA answers no call of this process any more; only a new process can use it.
+
+    (So says NVIDIA's documentation of these errors; releasing the primary context and retaining it again was tried.)
+    """
 
     def __init__(self, message: str, sticky: bool = False) -> None:
         super().__init__(message)
@@ -38,14 +39,14 @@ def explain(error: Exception, doing: str) -> CudaFailure:
         )
     if _STICKY.search(text):
         return CudaFailure(
-            f"The GPU failed while {doing} ({text}) and its CUDA context is lost: "
-            "clean the node up and configure it again, or start the program again.",
+            f"The GPU failed while {doing} ({text}), and CUDA cannot be used in this process any more: "
+            "start the program again, or go on with the backend onnxruntime-cpu.",
             sticky=True,
         )
     if _LOST.search(text):
         return CudaFailure(
             f"The GPU does not answer while {doing} ({text}): check it with nvidia-smi or tegrastats, "
-            "then clean the node up and configure it again.",
+            "then start the program again.",
             sticky=True,
         )
     return CudaFailure(
@@ -56,15 +57,3 @@ def explain(error: Exception, doing: str) -> CudaFailure:
 def is_cuda_error(error: BaseException) -> bool:
     """Whether pycuda raised this. Its exceptions have names of their own, MemoryError and RuntimeError among them."""
     return type(error).__module__.startswith("pycuda")
-
-
-def reset_primary_context(index: int = 0) -> None:
-    """Throw away the device's primary context after a sticky error, so that the next one to retain it gets a new one.
-
-    Others who hold it lose nothing: it answers no call any more.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL("libcuda.so.1")
-        device = ctypes.c_int()
-        if library.cuDeviceGet(ctypes.byref(device), index) == 0:
-            library.cuDevicePrimaryCtxReset_v2(device)
