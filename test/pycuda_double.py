@@ -167,7 +167,7 @@ class PycudaDouble:
         if name in self.fail:
             raise self.fail.pop(name)
         if self.lost is not None and name not in ("init", "retain_primary_context", "push", "pop", "detach"):
-            raise self.lost
+            raise type(self.lost)(*self.lost.args)  # a new one: a traceback would keep what it went through
 
     def check(self, name: str) -> None:
         """Record a call that needs a current context."""
