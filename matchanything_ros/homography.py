@@ -22,6 +22,7 @@ Points = npt.NDArray[np.float32]
 Matrix = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
+MIN_SIGNIFICANCE = 6.0  # one false alarm in a million pairs if keypoints were spread evenly; they cluster (see below)
 MIN_MATCHES = 8  # four fix a homography; as many again must agree with it before it says anything
 
 
@@ -63,15 +64,15 @@ def estimate_homography(
     size1: tuple[int, int],
     threshold_px: float = 3.0,
     min_inlier_ratio: float = 0.0,
-    min_significance: float = 6.0,
+    min_significance: float = MIN_SIGNIFICANCE,
     max_iterations: int = 10_000,
     refine: bool = True,
 ) -> HomographyEstimate:
     """Estimate the homography of matches [N, 2] (pixels of the original images, (x, y)); deterministic.
 
     size0, size1: (width, height). threshold_px: largest reprojection error of an inlier, pixels of image 1.
-    min_significance: 6 is one false alarm in a million pairs if keypoints were spread evenly; they cluster, and on
-        unrelated images wrong estimates from unfiltered matches were seen up to that value (solved pairs: above 100).
+    min_significance: least significance of an accepted estimate. On unrelated images wrong estimates from unfiltered
+        ALIKED matches reached the default in 3 of 144 pairs, and from filtered ones 1.0; solved pairs had above 100.
     Raises UserError if the threshold is not a positive number or the points are not finite pairs.
     """
     if not (math.isfinite(threshold_px) and threshold_px > 0):

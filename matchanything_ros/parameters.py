@@ -11,6 +11,7 @@ from typing import Any
 
 from matchanything_ros.engines import BACKENDS
 from matchanything_ros.errors import UserError
+from matchanything_ros.homography import MIN_SIGNIFICANCE
 from matchanything_ros.images import Stretch
 
 
@@ -65,8 +66,8 @@ class Parameters:
         0.0, "Homographies with a smaller share of inliers are refused.", low=0.0, high=1.0, run_time=True
     )
     min_significance: float = _option(
-        2.0,
-        "Homographies are refused below this: -log10 of the false alarms expected; 2: less than one in 100 pairs.",
+        MIN_SIGNIFICANCE,
+        "Homographies are refused below this: -log10 of the false alarms expected from evenly spread keypoints.",
         low=-1000.0,
         high=1000.0,
         run_time=True,
