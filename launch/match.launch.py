@@ -17,7 +17,7 @@ OVERRIDES = {
     "bundle": (str, "a bundle's .onnx file, or the name of a packaged one"),
     "backend": (str, "auto, tensorrt, onnxruntime, onnxruntime-cuda or onnxruntime-cpu"),
     "image_transport": (str, "raw or compressed"),
-    "image_qos": (str, "sensor_data or reliable"),
+    "image_qos": (str, "auto, sensor_data or reliable"),
     "use_sim_time": (bool, "true: follow /clock, as with 'ros2 bag play --clock'"),
 }
 

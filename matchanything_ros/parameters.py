@@ -41,10 +41,10 @@ class Parameters:
         "raw", "raw: sensor_msgs/Image; compressed: CompressedImage on <topic>/compressed.", ("raw", "compressed")
     )
     image_qos: str = _option(
-        "sensor_data",
-        "Reliability of the image subscriptions. sensor_data (best effort) receives from every publisher; reliable "
-        "receives nothing from a best-effort camera.",
-        choices=("sensor_data", "reliable"),
+        "auto",
+        "Reliability of the image subscriptions. sensor_data: best effort; reliable: hears no best-effort camera; "
+        "auto: sensor_data, until all publishers of the topic are reliable.",
+        choices=("auto", "sensor_data", "reliable"),
     )
     approximate_sync: bool = _option(True, "Pair the images nearest in time; false: only equal stamps.")
     approximate_sync_tolerance_seconds: float = _option(

@@ -99,6 +99,26 @@ def test_quality_of_service(client: Client, restart: Restart, now: float) -> Non
     restart(image_qos="reliable")
 
 
+def reliability(client: Client) -> str:
+    """How the node subscribes to camera 0."""
+    found = client.node.get_subscriptions_info_by_topic(client.images[0].topic_name)
+    return str(found[0].qos_profile.reliability.name) if len(found) == 1 else ""
+
+
+def test_quality_of_service_follows_the_publishers(client: Client, restart: Restart, now: float) -> None:
+    assert client.transition("deactivate", "cleanup") == [True, True]
+    assert client.set(image_qos="auto") == "" and client.transition("configure", "activate") == [True, True]
+    client.until(lambda: reliability(client) == "RELIABLE", "reliable as the publisher")
+    client.connected(now)
+    other = client.publisher(client.images[0].topic_name, reliable=False)
+    client.until(lambda: reliability(client) == "BEST_EFFORT", "best effort: a publisher is")
+    client.connected(now + 20)
+    client.node.destroy_publisher(other)
+    client.until(lambda: reliability(client) == "RELIABLE", "reliable again")
+    client.connected(now + 40)
+    restart(image_qos="reliable")
+
+
 @pytest.mark.parametrize(
     ("values", "reason"),
     [

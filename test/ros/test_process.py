@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,7 +67,12 @@ def test_namespace_remapping_compressed_and_by_hand(start: Start, bundles: dict[
 
 def test_qos_overrides_and_a_parameter_that_does_not_exist(start: Start, bundles: dict[str, Path]) -> None:
     client = start(
-        {"bundle": bundles["fast"], "qos_overrides./image0.subscription.reliability": "reliable", "toleranze": 0.1}
+        {
+            "bundle": bundles["fast"],
+            "image_qos": "sensor_data",
+            "qos_overrides./image0.subscription.reliability": "reliable",
+            "toleranze": 0.1,
+        }
     )
     client.connected()
     kinds = {
@@ -137,6 +143,23 @@ def test_the_packaged_network_on_a_real_pair(start: Start) -> None:
     assert homography.reprojection_error < 1 and homography.inlier_ratio > 0.5
     assert len(points.inliers) == homography.num_matches
     assert client.process.stop() == 0
+
+
+def test_the_launch_file_starts_the_node_with_what_is_given() -> None:
+    reason = "launch comes with a ROS installation, not with the wheels"
+    launch = pytest.importorskip("launch", reason=reason)
+    pytest.importorskip("launch_ros.actions", reason=reason)
+    spec = importlib.util.spec_from_file_location("match_launch", ROOT / "launch" / "match.launch.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    arguments = {argument.name for argument in module.generate_launch_description().get_launch_arguments()}
+    assert {"image0", "image1", "bundle", "backend", "namespace", "parameters", "log_level"} <= arguments
+    context = launch.LaunchContext()
+    context.launch_configurations.update(dict.fromkeys(arguments, ""))
+    assert len(module.start(context)) == 1  # nothing given: the parameters file alone
+    context.launch_configurations.update(bundle="net.onnx", use_sim_time="true", image0="/cam0")
+    assert len(module.start(context)) == 1
 
 
 def test_launch_and_config_agree_with_the_parameters() -> None:
