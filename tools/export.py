@@ -229,7 +229,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     bundle = export(item, args.out, command)
     sizes = ", ".join(f"{spec.name} {_range(spec)}" for spec in item.inputs)
-    print(f"wrote {bundle.onnx} ({bundle.onnx.stat().st_size / 1e6:.1f} MB; {sizes}; up to {item.max_matches} matches)")
+    data = bundle.onnx.with_name(bundle.onnx.name + ".data")
+    size = sum(file.stat().st_size for file in (bundle.onnx, data) if file.is_file()) / 1e6
+    print(f"wrote {bundle.onnx} ({size:.1f} MB; {sizes}; up to {item.max_matches} matches)")
     return 0
 
 
