@@ -79,8 +79,7 @@ class EfficientLoFTR(nn.Module):
             half0, quarter0, map0 = self._features(image0)
             half1, quarter1, map1 = self._features(image1)
             grid0, grid1 = (
-                make_grid(*self._blocks(*image.shape[2:]), self.position_scale, map0)
-                for image in (image0, image1)
+                make_grid(*self._blocks(*image.shape[2:]), self.position_scale, map0) for image in (image0, image1)
             )
             pyramids = [(quarter0, half0), (quarter1, half1)]
         map0, map1 = self._transform(map0, map1, grid0, grid1, together)
