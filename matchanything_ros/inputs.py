@@ -40,9 +40,15 @@ class ImageInputs:
             if self._compressed and not topic.endswith("/compressed"):
                 topic += "/compressed"
             self._names.append(topic)
-        self._subscriptions = [self._subscribe(camera) for camera in (0, 1)]
-        self.topics = [str(subscription.topic_name) for subscription in self._subscriptions]
         self._timer: Any = None
+        self._subscriptions: list[Any] = []
+        try:
+            for camera in (0, 1):
+                self._subscriptions.append(self._subscribe(camera))
+        except Exception:  # such as a QoS override that does not exist: leave nothing behind
+            self.close()
+            raise
+        self.topics = [str(subscription.topic_name) for subscription in self._subscriptions]
         if settings.image_qos == "auto":
             self._follow_publishers()
             steady = Clock(clock_type=ClockType.STEADY_TIME)

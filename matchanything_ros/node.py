@@ -254,7 +254,11 @@ def main(args: list[str] | None = None) -> int:
     # the midst of cleaning up would end in a traceback.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stop.append(number))
-    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    try:
+        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+    except Exception as error:  # its type is private to rclpy: ROS arguments or a parameters file that it cannot read
+        print(f"match_node: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
     node: MatchNode | None = None
     try:
         node = MatchNode()

@@ -97,6 +97,20 @@ def test_autostart_without_a_bundle_stays_and_says_so(start: Start, bundles: dic
     assert "Traceback" not in client.process.log
 
 
+def test_a_qos_override_that_does_not_exist_fails_the_activation(start: Start, bundles: dict[str, Path]) -> None:
+    client = start({"bundle": bundles["fast"], "qos_overrides./image1.subscription.reliability": "perfect"})
+    _, status, _ = client.status(lambda status, _: status.level == DiagnosticStatus.ERROR)
+    assert "on_activate failed" in status.message and client.state() == "unconfigured"
+    assert client.node.count_subscribers("/image0") == 0
+    assert client.process.stop() == 0
+
+
+def test_ros_arguments_that_cannot_be_read(tmp_path: Path) -> None:
+    node = NodeProcess(new_domain(), tmp_path / "log", {}, "this is no rule")
+    assert node.process.wait(60) == 2
+    assert "this is no rule" in node.log and "Traceback" not in node.log
+
+
 @pytest.mark.parametrize(
     ("parameters", "sentence"),
     [
