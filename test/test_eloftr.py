@@ -194,7 +194,9 @@ def test_upsampling_by_matrix_equals_interpolation() -> None:
     grid = transformer.make_grid(rows, columns, 1.0, torch.empty(0))
     fixed = network._FixedGrid(grid)()
     assert fixed.upsampling is not None and grid.upsampling is None
-    assert torch.allclose(transformer._upsample(message, fixed), transformer._upsample(message, grid), atol=1e-6)
+    unit = torch.eye(16)
+    by_matrix, interpolated = (transformer._upsample(message, unit, each) for each in (fixed, grid))
+    assert torch.allclose(by_matrix, interpolated, atol=1e-6)
 
 
 def test_positions_are_rescaled_to_training_size() -> None:
@@ -202,4 +204,4 @@ def test_positions_are_rescaled_to_training_size() -> None:
     plain = transformer.make_grid(4, 4, 1.0, torch.empty(0))
     scaled = transformer.make_grid(8, 8, 0.5, torch.empty(0))
     odd = torch.arange(64).reshape(8, 8)[1::2, 1::2].flatten()
-    assert torch.equal(scaled.cos[odd], plain.cos) and torch.equal(scaled.sin[odd], plain.sin)
+    assert torch.equal(scaled.turn_query[odd], plain.turn_query) and torch.equal(scaled.turn_key[odd], plain.turn_key)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -46,13 +48,25 @@ def quotient(index: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
 
 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Top-K of a vector that may be shorter than K: then filled with value 0 at index 0."""
+    """Top-K of a vector that may be shorter than K: then filled with value 0 at index 0.
+
+    Long vectors of known length are searched in groups side by side, then their winners: the same result, several
+    times faster on GPUs whose top-K works on one vector with one block of threads.
+    """
     length = values.shape[0]
-    if isinstance(length, int) and length >= count:
+    if not isinstance(length, int) or length < count:
+        best, index = topk(F.pad(values, (0, count)), count)
+        inside = index < length
+        return best * inside.to(best.dtype), torch.where(inside, index, torch.zeros_like(index))
+    groups = round(math.sqrt(length / count))
+    if groups < 2:
         return topk(values, count)
-    best, index = topk(F.pad(values, (0, count)), count)
-    inside = index < length
-    return best * inside.to(best.dtype), torch.where(inside, index, torch.zeros_like(index))
+    size = -(-length // groups)
+    table = F.pad(values, (0, groups * size - length), value=-1.0).reshape(groups, size)
+    winners, place = topk(table, min(count, size))
+    place = place + size * torch.arange(groups, device=values.device)[:, None]
+    best, index = topk(winners.reshape(-1), count)
+    return best, place.reshape(-1).index_select(0, index)
 
 
 def _inside(height: int, width: int, device: torch.device) -> Tensor:

@@ -45,7 +45,7 @@ class FeaturePyramid(nn.Module):
 def windows(features: Tensor, cells: Tensor, columns: int) -> Tensor:
     """Cut 6x6 pixels at half resolution around every cell: what its 8x8 pixels and a ring of one are made of.
 
-    features [1, D, H/2, W/2]; cells [K], index = row * columns + column. Returns float32 [K, 36, D].
+    features [1, D, H/2, W/2]; cells [K], index = row * columns + column. Returns [K, 36, D].
     """
     channels, height, width = features.shape[1], features.shape[2], features.shape[3]
     offset = torch.arange(6, device=cells.device) - 1
@@ -54,11 +54,11 @@ def windows(features: Tensor, cells: Tensor, columns: int) -> Tensor:
     cols = (4 * column[:, None] + offset).clamp(0, width - 1)
     index = (rows[:, :, None] * width + cols[:, None, :]).reshape(-1)
     table = features.reshape(channels, height * width).T
-    return table.index_select(0, index).reshape(-1, 36, channels).float()
+    return table.index_select(0, index).reshape(-1, 36, channels)
 
 
 class Refinement(nn.Module):
-    """Half-resolution windows float32 [K, 36, 64] of both images -> offsets [K, 2] in pixels from their cells' corners.
+    """Half-resolution windows [K, 36, 64] of both images -> offsets [K, 2] in pixels from their cells' corners.
 
     Stage 1 takes the most confident pair of pixels by dual softmax, stage 2 the expectation over 3x3 correlations.
     """
@@ -84,14 +84,16 @@ class Refinement(nn.Module):
 
     def forward(self, windows0: Tensor, windows1: Tensor) -> tuple[Tensor, Tensor]:
         # Constant matrices stand on the right of every product: runtimes then see one large product, not K small ones.
-        first0, first1 = windows0[..., :MATCHING], windows1[..., :MATCHING]
+        (first0, last0), (first1, last1) = (
+            (part.float() for part in window.split([MATCHING, 64 - MATCHING], -1)) for window in (windows0, windows1)
+        )
         half = (first1 @ first0.transpose(1, 2)) @ self.up0.T  # [K, 36, 64]: image 1 still at half resolution
         half = half.transpose(1, 2) * (1 / 64)  # 64: all channels, as in the original
         # The ring around the 8x8 pixels of image 1 counts in the sum over image 1 only.
         conf = torch.softmax(half @ self.up0.T, 1) * torch.softmax(half @ self.up1_inner_first.T, 2)[..., :64]
         pixel0, pixel1 = quotient(conf.flatten(1).argmax(1), 64)
 
-        gram = windows0[..., MATCHING:] @ windows1[..., MATCHING:].transpose(1, 2)
+        gram = last0 @ last1.transpose(1, 2)
         correlation = (self.up0.index_select(0, pixel0)[:, None] @ gram)[:, 0] @ self.up1.T * (1 / 8**0.5)
         window = correlation.gather(1, self.wrapped.index_select(0, pixel1))
         shift = torch.softmax(window / 10, 1) @ self.steps

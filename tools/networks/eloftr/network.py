@@ -134,8 +134,8 @@ class EfficientLoFTR(nn.Module):
 class _FixedGrid(nn.Module):
     """The grid of a fixed size, its tables stored and its upsampling as one matrix."""
 
-    cos: Tensor
-    sin: Tensor
+    turn_query: Tensor
+    turn_key: Tensor
     down: Tensor
     across: Tensor
 
@@ -143,19 +143,20 @@ class _FixedGrid(nn.Module):
         super().__init__()
         self.rows, self.columns = grid.rows, grid.columns
         tables = {
-            "cos": grid.cos,
-            "sin": grid.sin,
+            "turn_query": grid.turn_query,
+            "turn_key": grid.turn_key,
             "down": linear_weights(grid.rows),
             "across": linear_weights(grid.columns),
         }
         for name, table in tables.items():
-            self.register_buffer(name, table.to(grid.cos.dtype), persistent=False)
+            self.register_buffer(name, table, persistent=False)
 
     def forward(self) -> Grid:
-        # The product of the two axes is left to the graph: a runtime folds it, a file need not hold it.
+        # The product of the two axes is left to the graph, in fp32: runtimes fold it then, and a file need not hold it.
         matrix = self.down[:, None, :, None, :, None] * self.across[None, :, None, :, None, :]
         matrix = matrix.reshape(16 * self.rows * self.columns, self.rows * self.columns)
-        return Grid(self.rows, self.columns, self.cos, self.sin, matrix)
+        matrix = F.pad(matrix, (0, -matrix.shape[1] % 8)).to(self.turn_query.dtype)
+        return Grid(self.rows, self.columns, self.turn_query, self.turn_key, matrix)
 
 
 def _corner(cells: Tensor, columns: int) -> Tensor:

@@ -14,19 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from matchanything_tools.networks.attention import attention
+
 WIDTH, HEADS, BLOCK = 256, 8, 4
 
 
 class Grid(NamedTuple):
     """What attention needs to know of a coarse map with rows x columns blocks.
 
-    cos, sin: [T, 1, C] rotary position encoding. upsampling: [16 T, T], or None to interpolate.
+    turn_query, turn_key: [T, 1, 2 C] and [T, 1, 3 C], the rotary position encoding as factors of what the projections
+    give: cosines for queries or keys, sines for the same with channels swapped, ones for values.
+    upsampling: [16 T, T padded to a multiple of 8], or None to interpolate.
     """
 
     rows: int
     columns: int
-    cos: Tensor
-    sin: Tensor
+    turn_query: Tensor
+    turn_key: Tensor
     upsampling: Tensor | None
 
 
@@ -56,9 +60,9 @@ class AggregatedAttention(nn.Module):
         self.norm2 = nn.LayerNorm(WIDTH)
 
     def fuse(self) -> None:
-        """Fold what is linear: the rotation's swap of channels and the softmax's scale into the projections; `merge`
-        and upsampling commute, so that `merge` joins the half of the MLP that reads the message."""
-        query, key = self.q_proj.weight.double() / (WIDTH // HEADS) ** 0.5, self.k_proj.weight.double()
+        """Fold what is linear: the rotation's swap of channels into the projections; `merge` and upsampling commute,
+        so that `merge` joins the half of the MLP that reads the message."""
+        query, key = self.q_proj.weight.double(), self.k_proj.weight.double()
         value = self.v_proj.weight.double()
         first, second = (self.mlp.get_parameter(f"{index}.weight").double() for index in (0, 2))
         queries = [query, _rotated(query)] if self.rotary else [query]
@@ -79,24 +83,20 @@ class AggregatedAttention(nn.Module):
 
     def forward(self, x: Tensor, source: Tensor, grid: Grid, source_grid: Grid) -> Tensor:
         """x [16, T, B, C] attends to source [16, S, B, C]; returns the new x."""
-        # A product with ones sums over the first axis, and max() takes its maximum, in the type that is there: for
-        # sum() and amax() of fp16 the exporter inserts casts to fp32 and back.
+        # A product with ones sums over the first axis in the type that is there: for sum() and amax() of fp16 the
+        # exporter inserts casts to fp32 and back.
         pooled = (self.ones @ (x * self.pooling).flatten(1)).reshape(x.shape[1:])
         queries = self.norm1(pooled) @ self.to_query
-        keys_values = self.norm1(source.max(0).values) @ self.to_key_value
+        keys_values = self.norm1(_block_maximum(source)) @ self.to_key_value
         if self.rotary:
-            query, turned = queries.split(WIDTH, -1)
-            query = query * grid.cos + turned * grid.sin
-            key, turned, value = keys_values.split(WIDTH, -1)
-            key = key * source_grid.cos + turned * source_grid.sin
+            query, turned = (queries * grid.turn_query).split(WIDTH, -1)
+            key, turned_key, value = (keys_values * source_grid.turn_key).split(WIDTH, -1)
+            query, key = query + turned, key + turned_key
         else:
             query = queries
             key, value = keys_values.split(WIDTH, -1)
-        tokens, batch = query.shape[0], query.shape[1]
-        query, key, value = (t.unflatten(-1, (HEADS, -1)) for t in (query, key, value))
-        weights = torch.softmax(query.permute(1, 2, 0, 3) @ key.permute(1, 2, 3, 0), -1)
-        message = (weights @ value.permute(1, 2, 0, 3)).permute(2, 0, 1, 3).reshape(tokens, batch, WIDTH)
-        hidden = F.leaky_relu(x @ self.from_cell + _upsample(message @ self.from_message, grid))
+        message = _swapped(attention(_swapped(query), _swapped(key), _swapped(value), HEADS))
+        hidden = F.leaky_relu(x @ self.from_cell + _upsample(message, self.from_message, grid))
         return x + self.norm2(hidden @ self.to_cell)
 
 
@@ -139,7 +139,8 @@ def make_grid(rows: int, columns: int, scale: float, like: Tensor) -> Grid:
     # Channels 4k, 4k+1 turn with the row and 4k+2, 4k+3 with the column.
     angles = torch.stack([row[:, None].expand(shape), column[None].expand(shape)], -1)
     angles = angles[..., None].expand(*shape, 2, 2).reshape(rows * columns, 1, WIDTH)
-    return Grid(rows, columns, angles.cos().half().to(like.dtype), angles.sin().half().to(like.dtype), None)
+    cos, sin = angles.cos().half().to(like.dtype), angles.sin().half().to(like.dtype)
+    return Grid(rows, columns, torch.cat([cos, sin], 2), torch.cat([cos, sin, torch.ones_like(cos)], 2), None)
 
 
 def to_blocks(x: Tensor, rows: int, columns: int) -> Tensor:
@@ -155,13 +156,30 @@ def from_blocks(x: Tensor, rows: int, columns: int) -> Tensor:
     return x.reshape(batch, channels, BLOCK * rows, BLOCK * columns)
 
 
-def _upsample(message: Tensor, grid: Grid) -> Tensor:
-    """[T, B, D] on blocks -> [16, T, B, D] on cells, bilinear (align_corners=False)."""
-    tokens, batch, width = message.shape
+def _swapped(x: Tensor) -> Tensor:
+    """[T, B, C] -> [B, T, C] or back; without a copy where one image is alone."""
+    return x.reshape(x.shape[1], x.shape[0], x.shape[2]) if 1 in x.shape[:2] else x.transpose(0, 1)
+
+
+def _block_maximum(x: Tensor) -> Tensor:
+    """[16, T, B, C] -> [T, B, C], as a pooling of channels-last layout, for which GPUs have faster kernels."""
+    _, tokens, batch, width = x.shape
+    image = x.reshape(1, BLOCK * BLOCK, tokens, batch * width).permute(0, 3, 1, 2)
+    return F.max_pool2d(image, (BLOCK * BLOCK, 1)).permute(0, 2, 3, 1).reshape(tokens, batch, width)
+
+
+def _upsample(message: Tensor, weight: Tensor, grid: Grid) -> Tensor:
+    """[T, B, C] on blocks -> times weight [C, D], bilinear (align_corners=False) -> [16, T, B, D] on cells."""
+    tokens, batch, _ = message.shape
+    width = weight.shape[1]
     if grid.upsampling is not None:
-        cells = grid.upsampling @ message.reshape(tokens, batch * width)
+        # Rows of 8 fp16 numbers are what tensor cores read at once.
+        padded = grid.upsampling.shape[1]
+        if padded != tokens:
+            message = F.pad(message, (0, 0, 0, 0, 0, padded - tokens))
+        cells = grid.upsampling @ (message @ weight).reshape(padded, batch * width)
         return cells.reshape(BLOCK * BLOCK, tokens, batch, width)
-    coarse = message.reshape(grid.rows, grid.columns, batch, width).permute(2, 3, 0, 1)
+    coarse = (message @ weight).reshape(grid.rows, grid.columns, batch, width).permute(2, 3, 0, 1)
     fine = F.interpolate(coarse, scale_factor=float(BLOCK), mode="bilinear", align_corners=False)
     return to_blocks(fine, grid.rows, grid.columns)
 

@@ -1,0 +1,153 @@
+"""Exported ELoFTR: ONNX Runtime gives what PyTorch gives, at fixed and dynamic sizes; TensorRT-RTX builds it."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import seeded
+import torch
+from test_eloftr import check_matches, gray
+
+from matchanything_ros.bundle import Bundle, load_bundle
+from matchanything_ros.engines import open_engine
+from matchanything_ros.errors import UserError
+from matchanything_tools.export import Exportable, export, network
+
+FIXED, DYNAMIC = {"size": (224, 256)}, {"min": (224, 224), "opt": (224, 288), "max": (1664, 1664)}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return seeded.save("eloftr", tmp_path_factory.mktemp("weights") / "eloftr.ckpt")
+
+
+def exportable(weights: Path, **changed: Any) -> Exportable:
+    args: dict[str, Any] = dict.fromkeys(("size", "min", "opt", "max", "score_threshold", "pipeline"))
+    args |= {"weights": weights, "licence": "none: random", "precision": "fp32", "max_matches": 200}
+    return network("eloftr").exportable(argparse.Namespace(**(args | changed)))
+
+
+def pair(size0: tuple[int, int], size1: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Cut-outs of the golden images as inputs."""
+    images = [image.numpy() for image in gray("eloftr_832")]
+    return {
+        f"image{index}": np.ascontiguousarray(image[:, :, 100 : 100 + height, 100 : 100 + width])
+        for index, (image, (height, width)) in enumerate(zip(images, (size0, size1), strict=True))
+    }
+
+
+def check_equal(bundle: Bundle, module: torch.nn.Module, inputs: dict[str, np.ndarray]) -> int:
+    """ONNX Runtime against PyTorch in fp32; returns the number of matches compared."""
+    engine = open_engine(bundle, "onnxruntime-cpu")
+    given = engine.run(inputs)
+    engine.close()
+    with torch.inference_mode():
+        wanted = [value.numpy() for value in module(*map(torch.from_numpy, inputs.values()))]
+    assert np.abs(given["scores"] - wanted[2]).max() < 1e-3
+    # Those whose score stands apart from its neighbours': equal ones may swap places, and so may what follows.
+    gaps = np.abs(np.diff(wanted[2], append=0.0))
+    apart = (wanted[2] > 0.02) & (gaps > 1e-3) & (np.roll(gaps, 1) > 1e-3)
+    apart[0] = bool(gaps[0] > 1e-3)
+    for name, expected in zip(("keypoints0", "keypoints1"), wanted, strict=False):
+        assert np.abs(given[name] - expected)[apart].max() < 0.02
+    return int(apart.sum())
+
+
+def build(bundle: Bundle) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings")
+    from matchanything_ros.engines.builder import build_engine
+
+    assert len(memoryview(build_engine(bundle, target="sm_86").data)) > 1_000_000
+
+
+@pytest.fixture(scope="module")
+def fixed(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Exportable, Bundle]:
+    """A small fp32 bundle, its weights in a file beside the graph as those of larger networks are."""
+    item = exportable(weights, **FIXED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matchanything_tools.export.EXTERNAL_DATA_OVER", 1 << 20)
+        bundle = export(item, tmp_path_factory.mktemp("fixed") / "fixed.onnx")
+    assert bundle.onnx.with_name("fixed.onnx.data").stat().st_size > 50e6 > 10 * bundle.onnx.stat().st_size
+    return item, bundle
+
+
+@pytest.mark.tensorrt
+def test_fixed(fixed: tuple[Exportable, Bundle]) -> None:
+    item, bundle = fixed
+    assert check_equal(bundle, item.module, pair((224, 256), (224, 256))) >= 5
+    build(bundle)
+
+
+def test_network_without_its_data(fixed: tuple[Exportable, Bundle], tmp_path: Path) -> None:
+    for suffix in (".onnx", ".json"):
+        shutil.copy(fixed[1].onnx.with_suffix(suffix), tmp_path)
+    with pytest.raises(UserError, match=r"fixed\.onnx\.data.*missing"):
+        load_bundle(tmp_path / "fixed.onnx")
+
+
+@pytest.mark.tensorrt
+def test_fixed_fp16(weights: Path, tmp_path: Path) -> None:
+    """The fp16 graph: weights in fp16, inputs and outputs in fp32, and matches like those of fp32."""
+    import onnx
+
+    bundle = export(exportable(weights, precision="fp16", **FIXED), tmp_path / "half.onnx")
+    graph = onnx.load(bundle.onnx, load_external_data=False).graph
+    types = {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
+    assert types == {onnx.TensorProto.FLOAT}
+    sizes = {kind: sum(np.prod(e.dims) for e in graph.initializer if e.data_type == kind) for kind in (1, 10)}
+    assert sizes[onnx.TensorProto.FLOAT16] > 14e6 > 50 * sizes[onnx.TensorProto.FLOAT]  # constants of geometry
+    assert not {node.op_type for node in graph.node} & {"NonZero", "ScatterND", "GridSample", "Mod"}
+    build(bundle)
+
+
+@pytest.mark.full
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_dynamic(weights: Path, tmp_path: Path, precision: str) -> None:
+    """One file at three sizes, the two images of different ones; the smallest has fewer cells than rows asked for."""
+    item = exportable(weights, precision=precision, max_matches=1000, **DYNAMIC)
+    bundle = export(item, tmp_path / "dynamic.onnx")
+    if precision == "fp32":
+        for sizes in (((224, 224), (224, 224)), ((320, 256), (224, 352)), ((480, 640), (640, 480))):
+            assert check_equal(bundle, item.module, pair(*sizes)) >= 5
+    build(bundle)
+
+
+def test_dynamic_network_equals_the_fixed_one(weights: Path) -> None:
+    """Without the demo's padding the two differ in how they upsample and batch, not in what they compute."""
+    inputs = [torch.from_numpy(image) for image in pair((224, 256), (224, 256)).values()]
+    results = []
+    for shape in (FIXED, {"min": (224, 224), "opt": (224, 256), "max": (512, 512)}):
+        module = exportable(weights, pipeline="evaluation", **shape).module
+        assert module.position_scale == 832 / 256
+        with torch.inference_mode():
+            results.append(module.eval()(*inputs))
+    assert (results[0][2] - results[1][2]).abs().max() < 1e-4  # conditioning, see test_eloftr.py
+    assert torch.equal(results[0][0][:3], results[1][0][:3])
+
+
+@pytest.mark.full
+def test_golden_through_onnx_runtime(weights: Path, tmp_path: Path) -> None:
+    """The whole way: exported at 480x640 with the demo's padding, run, compared with the original."""
+    bundle = export(exportable(weights, max_matches=1024, size=(480, 640)), tmp_path / "demo.onnx")
+    images = gray("eloftr_640x480_mask")
+    engine = open_engine(bundle, "onnxruntime-cpu")
+    outputs = engine.run({f"image{index}": image.numpy() for index, image in enumerate(images)})
+    engine.close()
+    check_matches("eloftr_640x480_mask", [outputs[name] for name in ("keypoints0", "keypoints1", "scores")])
+
+
+def test_impossible_sizes(weights: Path) -> None:
+    with pytest.raises(UserError, match="multiples of 32 from 224 to 1664"):
+        exportable(weights, size=(480, 650))
+    with pytest.raises(UserError, match="multiples of 32 from 224 to 1664"):
+        exportable(weights, size=(192, 640))
+    with pytest.raises(UserError, match="--pipeline evaluation"):
+        exportable(weights, pipeline="demo", **DYNAMIC)
+    with pytest.raises(UserError, match="--min <= --opt <= --max"):
+        exportable(weights, **(DYNAMIC | {"opt": (1696 - 32, 224), "max": (640, 640)}))
