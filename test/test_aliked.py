@@ -24,9 +24,10 @@ from matchanything_ros.errors import UserError
 from matchanything_ros.matcher import Matcher
 from matchanything_ros.preprocess import prepare
 from matchanything_tools.checkpoints import load_strict, read_checkpoint
-from matchanything_tools.networks.aliked import VARIANTS, Aliked
-from matchanything_tools.networks.aliked.description import patches3x3
+from matchanything_tools.networks.aliked import VARIANTS, Aliked, FeatureReader
 from matchanything_tools.networks.aliked.detection import detect, refine, select, suppress
+from matchanything_tools.networks.aliked.features import ReadFeatures, WholeFeatures, Window, upsample
+from matchanything_tools.networks.sampling import sample
 
 DATA = Path(__file__).parent / "data"
 WEIGHTS = DATA / "weights"
@@ -38,21 +39,24 @@ def image() -> torch.Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
 
 
-def network(variant: str, keypoints: int, threshold: float | None = None) -> Aliked:
+def network(
+    variant: str, keypoints: int, threshold: float | None = None, features: FeatureReader = WholeFeatures
+) -> Aliked:
     path = WEIGHTS / f"aliked-{variant}.pth"
-    aliked = Aliked(VARIANTS[variant], keypoints, threshold).eval()
+    aliked = Aliked(VARIANTS[variant], keypoints, threshold, features=features).eval()
     load_strict(aliked, read_checkpoint(path), what="ALIKED", path=path)
     aliked.fuse()
     return aliked
 
 
+@pytest.mark.parametrize("features", [WholeFeatures, ReadFeatures])
 @pytest.mark.parametrize("variant", ["t16", "n16"])
-def test_recorded_result(variant: str) -> None:
+def test_recorded_result(variant: str, features: FeatureReader) -> None:
     """Tolerances: ten times what 1e-6 of noise on the input changed (keypoints 8e-5 px, scores 3e-5)."""
     golden = np.load(DATA / "golden" / "aliked.npz")
     wanted = golden[f"{variant}_keypoints"]
     with torch.inference_mode():
-        keypoints, scores, descriptors = (x[0].numpy() for x in network(variant, 1000, threshold=0.2)(image()))
+        keypoints, scores, descriptors = (x[0].numpy() for x in network(variant, 300, 0.2, features)(image()))
     valid = scores > 0
     assert valid.sum() == len(wanted) and not valid[len(wanted) :].any()
     distance = np.linalg.norm(keypoints[valid][:, None] - wanted, axis=2)
@@ -128,13 +132,21 @@ def test_subpixel_by_hand() -> None:
         assert np.allclose(position, wanted, atol=1e-5)
 
 
-def test_patches_are_zero_outside() -> None:
-    features = torch.rand(1, 2, 6, 8)
-    padded = F.pad(features, (1, 1, 1, 1))[0]
-    pixels = torch.tensor([[[0, 0], [7, 5], [3, 2], [0, 5]]])
-    found = patches3x3(features, pixels)[0]
+@pytest.mark.parametrize("reader", [WholeFeatures, ReadFeatures])
+def test_features_are_zero_outside_of_the_image(reader: FeatureReader) -> None:
+    """Both ways to read the map, at whole pixels and between them, against the padded map written out."""
+    torch.manual_seed(0)
+    groups = [torch.randn(1, 2, 32 // s, 64 // s) for s in (1, 2, 8, 32)]
+    whole = F.normalize(torch.cat([upsample(group, groups[0].shape[2:]) for group in groups], dim=1), dim=1)
+    whole[:, :, :3], whole[:, :, 30:], whole[:, :, :, :5], whole[:, :, :, 60:] = 0, 0, 0, 0
+    features = reader(groups, Window(torch.tensor([5.0, 3.0]), torch.tensor([59.0, 29.0])))
+    pixels = torch.tensor([[[5, 3], [4, 3], [59, 29], [60, 29], [59, 30], [20, 10], [-1, 5], [64, 31], [70, 40]]])
+    found = features.at(pixels.float())[0]
     for number, (x, y) in enumerate(pixels[0].tolist()):
-        assert torch.equal(found[:, number].reshape(2, 3, 3), padded[:, y : y + 3, x : x + 3])
+        wanted = whole[0, :, y, x] if 0 <= x < 64 and 0 <= y < 32 else torch.zeros(8)
+        assert torch.allclose(found[:, number], wanted, atol=2e-5)
+    positions = torch.tensor([[[20.25, 10.5], [4.5, 15.0], [59.75, 29.75], [30.0, 2.25], [-3.0, 50.0]]])
+    assert torch.allclose(features.between(positions), sample(whole, positions.unsqueeze(1))[:, :, 0], atol=2e-5)
 
 
 @pytest.fixture(scope="module")

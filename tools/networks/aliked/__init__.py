@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,55 +13,74 @@ from matchanything_ros.errors import UserError
 from matchanything_tools.checkpoints import load_strict, read_checkpoint
 from matchanything_tools.export import Exportable, weights_info
 from matchanything_tools.networks import sparse_pair
-from matchanything_tools.networks.aliked.backbone import DIVISOR, VARIANTS, Backbone, Variant, normalise
+from matchanything_tools.networks.aliked.backbone import DIVISOR, VARIANTS, Backbone, Variant
 from matchanything_tools.networks.aliked.description import DescriptorHead
 from matchanything_tools.networks.aliked.detection import detect
+from matchanything_tools.networks.aliked.features import Features, ReadFeatures, WholeFeatures, Window
 from matchanything_tools.networks.sparse_pair import SparsePair
 
 MAX_KEYPOINTS = 5000
 SOURCE = "https://github.com/Shiaoming/ALIKED"
 DEFAULT_SIZES = ((64, 64), (480, 640), (640, 640))  # min, opt, max: images as they are, up to 640 px
 
+FeatureReader = Callable[[list[Tensor], Window], Features]
+
 
 class Aliked(Backbone):
     """Keypoints and descriptors; keys are those of the published checkpoints."""
 
-    def __init__(self, variant: Variant, keypoints: int, threshold: float | None = None) -> None:
-        """keypoints: how many rows; threshold: see detection.detect."""
+    def __init__(
+        self,
+        variant: Variant,
+        keypoints: int,
+        threshold: float | None = None,
+        *,
+        features: FeatureReader = WholeFeatures,
+    ) -> None:
+        """keypoints: how many rows; threshold: see detection.detect; features: see features.py."""
         super().__init__(variant)
         self.desc_head = DescriptorHead(variant.dim, variant.positions)
         self.keypoints = keypoints
         self.threshold = threshold
+        self.features = features
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Image [B, 3, H, W] in [0, 1] -> keypoints [B, K, 2], scores [B, K] (0: padding), descriptors [B, K, D]."""
         height, width = image.shape[2:]
-        padded, inside, (left, top) = pad_edges(image)
+        padded, (left, top) = pad_edges(image)
         scores, groups = super().forward(padded.to(self.conv1.weight.dtype))
-        scores = scores.narrow(2, top, height).narrow(3, left, width)
-        keypoints, values = detect(scores, self.keypoints, self.threshold)
-        # The features are not cropped, which would copy them: outside of the image they are made zero instead.
-        corner = torch.stack([torch.full((), side, dtype=torch.float32, device=image.device) for side in (left, top)])
-        descriptors = self.desc_head(normalise(groups, inside), keypoints + corner, max(height, width) / 4)
-        return keypoints, values, descriptors
+        keypoints, values = detect(scores.narrow(2, top, height).narrow(3, left, width), self.keypoints, self.threshold)
+        # The features are not cropped, which would copy them: what is read of them is limited to the image instead.
+        first = torch.stack([_float(side, image) for side in (left, top)])
+        window = Window(first, first + torch.stack([_float(side - 1, image) for side in (width, height)]))
+        return (
+            keypoints,
+            values,
+            self.desc_head(self.features(groups, window), keypoints + first, max(height, width) / 4),
+        )
 
 
-def pad_edges(image: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """Repeat the border pixels until both sides are multiples of 32, half on each side.
-
-    Returns the padded image, a map [H, W] that is 1 inside the original and 0 in the padding, and (left, top).
-    """
-    inside, before = [], []
+def pad_edges(image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Repeat the border pixels until both sides are multiples of 32, half on each side; returns (left, top) as well."""
+    before = []
     for axis in (2, 3):
         side = image.shape[axis]
         surplus = (side + DIVISOR - 1) // DIVISOR * DIVISOR - side
-        place = torch.arange(side + surplus, device=image.device) - surplus // 2
-        nearest = place.clamp(min=0, max=side - 1)
         if not isinstance(surplus, int) or surplus:
-            image = image.index_select(axis, nearest)
-        inside.append((place == nearest).float())
+            place = torch.arange(side + surplus, device=image.device) - surplus // 2
+            image = image.index_select(axis, place.clamp(min=0, max=side - 1))
         before.append(surplus // 2)
-    return image, inside[0][:, None] * inside[1], (before[1], before[0])
+    return image, (before[1], before[0])
+
+
+def feature_reader(variant: Variant, keypoints: int, size: tuple[int, int] | None) -> FeatureReader:
+    """The cheaper one for a fixed (height, width), or for a size that is not known (None)."""
+    reads = keypoints * (9 + 4 * variant.positions)  # pixels, each about twice the work of one of the whole map
+    return ReadFeatures if size is not None and 2 * reads <= size[0] * size[1] else WholeFeatures
+
+
+def _float(side: int, like: Tensor) -> Tensor:
+    return torch.full((), side, dtype=torch.float32, device=like.device)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,16 +98,18 @@ def exportable(args: argparse.Namespace) -> Exportable:
     threshold = args.detection_threshold
     if threshold is not None and not 0 <= threshold < 1:
         raise UserError(f"--detection-threshold is {threshold}: scores are in 0 to 1.")
-    network = Aliked(VARIANTS[args.variant], args.keypoints, threshold)
+    inputs = sparse_pair.input_specs(args, DEFAULT_SIZES, divisor=1)
+    fixed = all(spec.fixed for spec in inputs)
+    variant = VARIANTS[args.variant]
+    reader = feature_reader(variant, args.keypoints, inputs[0].opt if fixed else None)
+    network = Aliked(variant, args.keypoints, threshold, features=reader)
     load_strict(network, read_checkpoint(args.weights), what=f"ALIKED {args.variant}", path=args.weights)
     network.eval().fuse()
     if args.precision == "fp16":
         network.half()
-    inputs = sparse_pair.input_specs(args, DEFAULT_SIZES, divisor=1)
     if min(min(spec.min) for spec in inputs) < DIVISOR:
         raise UserError(f"ALIKED needs sides of at least {DIVISOR} pixels: choose a larger --size or --min.")
     max_matches = args.max_matches or args.keypoints
-    fixed = all(spec.fixed for spec in inputs)
     default_threshold = sparse_pair.DEFAULT_THRESHOLD[args.matching]
     return Exportable(
         family="aliked",

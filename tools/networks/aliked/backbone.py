@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from matchanything_tools.networks.aliked.features import upsample
 from matchanything_tools.networks.sampling import DeformableConv3x3
 
 DIVISOR = 32  # the lowest resolution is 1/32
@@ -62,7 +63,7 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Image -> score map and feature map at full resolution."""
+    """Image -> score map and features."""
 
     def __init__(self, variant: Variant) -> None:
         super().__init__()
@@ -87,8 +88,8 @@ class Backbone(nn.Module):
         )
 
     def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Image [B, 3, H, W] in [0, 1], H and W multiples of 32 -> score map [B, 1, H, W] float32 in (0, 1), and the
-        features at full resolution as four groups of channels, [B, dim / 4, H, W] float32, not normalised."""
+        """Image [B, 3, H, W] in [0, 1], H and W multiples of 32 -> score map [B, 1, H, W] float32 in (0, 1), and
+        four groups of channels of the features (see features.py), [B, dim / 4, H / s, W / s] with s = 1, 2, 8, 32."""
         size = image.shape[2:]
         x1 = self.block1(image)
         x2 = self.block2(F.avg_pool2d(x1, 2))
@@ -101,7 +102,7 @@ class Backbone(nn.Module):
             F.selu(self.conv4(x4)),
         ]
         scores = torch.sigmoid(self._score_logits(groups, size).float())
-        return scores, [groups[0].float(), *(upsample(x.float(), size) for x in groups[1:])]
+        return scores, groups
 
     def fuse(self) -> None:
         """Fold every batch norm into a convolution; afterwards the keys are no longer those of the checkpoint."""
@@ -116,15 +117,3 @@ class Backbone(nn.Module):
         for y in low:
             x = x + upsample(y, size)
         return self.score_head[1:](x)
-
-
-def upsample(x: Tensor, size: torch.Size) -> Tensor:
-    """Bilinear, corner pixels aligned."""
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
-
-
-def normalise(groups: list[Tensor], inside: Tensor) -> list[Tensor]:
-    """Divide the features by their length over all groups of channels, and make them 0 where `inside` [H, W] is 0."""
-    lengths = torch.cat([torch.linalg.vector_norm(group, dim=1, keepdim=True) for group in groups], dim=1)
-    factor = inside / torch.linalg.vector_norm(lengths, dim=1, keepdim=True).clamp(min=1e-12)
-    return [group * factor for group in groups]

@@ -10,74 +10,85 @@ from torch import Tensor, nn
 class Refiner(nn.Module):
     """One scale: a full 1x1 block, depthwise 5x5 blocks, a residual connection over them, and a 1x1 output.
 
-    The first `predictions` output channels are the prediction, the others are context for the next scale.
+    As published, its input is the features of its scale and the context from the coarser one, concatenated, and its
+    output the prediction and the context for the finer one. Decoder.fold takes the context out of both.
     """
 
     def __init__(self, in_channels: int, hidden: int, context: int, predictions: int, blocks: int) -> None:
         super().__init__()
-        self.predictions = predictions
         self.block1 = _block(in_channels, hidden, depthwise=False)
         self.hidden_blocks = nn.Sequential(*(_block(hidden, hidden, depthwise=True) for _ in range(blocks)))
         self.out_conv = nn.Conv2d(hidden, predictions + context, 1)
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """What `out_conv` reads."""
-        start = self.block1(x)
+    def forward(self, features: Tensor, context: Tensor | None) -> Tensor:
+        """Features [B, C, H, W], what the coarser scale adds to their first convolution [B, hidden, h, w] -> the hidden
+        channels [B, hidden, H, W] that `out_conv` reads."""
+        x = self.block1[0](features)
+        if context is not None:
+            x = x + resize(context, x, "bilinear")
+        start = self.block1[1:](x)
         return self.hidden_blocks(start) + start
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, in_channels, H, W] -> prediction [B, predictions, H, W], context [B, context, H, W]."""
-        out = self.out_conv(self.hidden(x))
-        return out[:, : self.predictions], out[:, self.predictions :]
-
-    @torch.no_grad()
-    def fold(self) -> None:
-        """Move the published division of the residual sum by 1.4 into `out_conv`; call once, after loading."""
-        self.out_conv.weight.div_(1.4)
 
 
 class Decoder(nn.Module):
-    """Refiners by stride, coarse to fine. Keys: layers.STRIDE.*"""
+    """Refiners by stride, coarse to fine. Keys: layers.STRIDE.*; load, fold the batch norms, then call `fold`."""
 
-    def __init__(self, widths: dict[int, tuple[int, int, int]], predictions: int, blocks: int, mode: str) -> None:
-        """widths: stride -> (input, hidden, context channels). mode: how predictions go to the next finer scale."""
+    def __init__(self, widths: dict[int, tuple[int, int, int]], predictions: int, blocks: int) -> None:
+        """widths: stride -> (input, hidden, context channels)."""
         super().__init__()
         self.strides = sorted(widths, reverse=True)
-        self.mode = mode
+        self.predictions = predictions
         self.layers = nn.ModuleDict(
             {
-                str(s): Refiner(inputs, hidden, context, predictions, blocks)
-                for s, (inputs, hidden, context) in widths.items()
+                str(stride): Refiner(inputs, hidden, context, predictions, blocks)
+                for stride, (inputs, hidden, context) in widths.items()
             }
         )
 
-    def forward(self, features: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
-        """Features by stride -> sum of the predictions of all but the finest scale, at the finest but one [B, P, H, W]
-        float32, and the input of the finest refiner (which those who sample it need at a few pixels only)."""
-        total: Tensor | None = None
+    def forward(self, features: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Features by stride -> hidden channels by stride; `predict` makes predictions of them."""
+        found: dict[int, Tensor] = {}
         context: Tensor | None = None
         for stride in self.strides:
-            x = features[stride]
-            if context is not None:
-                x = torch.cat((x, resize(context, x, "bilinear")), dim=1)
-            if stride == self.strides[-1]:
-                assert total is not None
-                return total, x
-            prediction, context = self.layers[str(stride)](x)
-            prediction = prediction.float()
-            total = prediction if total is None else prediction + resize(total, prediction, self.mode)
-        raise AssertionError("no strides")
+            found[stride] = self.refiner(stride)(features[stride], context)
+            if stride != self.strides[-1]:
+                context = self.carry[str(stride)](found[stride])
+        return found
 
-    def finest(self) -> Refiner:
-        """The refiner of full resolution."""
-        refiner = self.layers[str(self.strides[-1])]
+    def predict(self, stride: int, hidden: Tensor) -> Tensor:
+        """The prediction [B, P, H, W] float32 that one scale adds."""
+        return self.refiner(stride).out_conv(hidden).float()
+
+    def refiner(self, stride: int) -> Refiner:
+        """The refiner of a stride."""
+        refiner = self.layers[str(stride)]
         assert isinstance(refiner, Refiner)
         return refiner
 
+    @torch.no_grad()
     def fold(self) -> None:
-        """See Refiner.fold."""
-        for refiner in self.layers.values():
-            refiner.fold()  # type: ignore[operator]
+        """Make it ready to run; call once, in eval mode, with the batch norms folded.
+
+        From the context's channels of `out_conv` to those of the next scale's first convolution everything is linear,
+        and so is the upsampling in between: the two 1x1 convolutions become one, before the upsampling, and nothing is
+        concatenated. The published division of the residual sum by 1.4 goes into `out_conv`.
+        """
+        carry = {}
+        for stride in self.strides:
+            self.refiner(stride).out_conv.weight.div_(1.4)
+        for stride, finer in zip(self.strides, self.strides[1:], strict=False):
+            out, first = self.refiner(stride).out_conv, self.refiner(finer).block1[0]
+            assert isinstance(first, nn.Conv2d) and out.bias is not None
+            weight, bias = out.weight[self.predictions :, :, 0, 0].double(), out.bias[self.predictions :].double()
+            reads = first.weight[:, -len(bias) :, 0, 0].double()
+            carry[str(stride)] = _conv1x1(reads @ weight, reads @ bias)
+            self.refiner(finer).block1[0] = _conv1x1(first.weight[:, : -len(bias), 0, 0], first.bias)
+        for stride in self.strides:
+            out = self.refiner(stride).out_conv
+            assert out.bias is not None
+            kept = _conv1x1(out.weight[: self.predictions, :, 0, 0], out.bias[: self.predictions])
+            self.refiner(stride).out_conv = kept
+        self.carry = nn.ModuleDict(carry)
 
 
 def resize(x: Tensor, like: Tensor, mode: str) -> Tensor:
@@ -88,3 +99,11 @@ def resize(x: Tensor, like: Tensor, mode: str) -> Tensor:
 def _block(inputs: int, outputs: int, *, depthwise: bool) -> nn.Sequential:
     first = nn.Conv2d(inputs, outputs, 5, padding=2, groups=inputs) if depthwise else nn.Conv2d(inputs, outputs, 1)
     return nn.Sequential(first, nn.BatchNorm2d(outputs), nn.ReLU(), nn.Conv2d(outputs, outputs, 1))
+
+
+def _conv1x1(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+    assert bias is not None
+    convolution = nn.Conv2d(weight.shape[1], weight.shape[0], 1)
+    convolution.weight = nn.Parameter(weight[:, :, None, None].float().clone(), requires_grad=False)
+    convolution.bias = nn.Parameter(bias.float().clone(), requires_grad=False)
+    return convolution

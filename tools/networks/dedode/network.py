@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from matchanything_tools.networks.dedode.decoder import Decoder, resize
 from matchanything_tools.networks.dinov2 import PATCH, DinoV2
 from matchanything_tools.networks.maxima import largest
-from matchanything_tools.networks.sampling import sample, size_xy
+from matchanything_tools.networks.sampling import pixel_grid, sample, size_xy
 from matchanything_tools.networks.topk import topk_blocks
 from matchanything_tools.networks.vgg import VGG19
 
@@ -28,13 +28,16 @@ class Detector(nn.Module):
         super().__init__()
         self.large = large
         self.encoder = VGG19()
-        self.decoder = Decoder(DETECTOR_L if large else BASE, 1, 8 if large else 5, "bicubic")
+        self.decoder = Decoder(DETECTOR_L if large else BASE, 1, 8 if large else 5)
 
     def forward(self, image: Tensor) -> Tensor:
         """Normalised image [B, 3, H, W] -> logits [B, 1, H, W] float32."""
-        total, finest = self.decoder(self.encoder(image))
-        prediction = self.decoder.finest()(finest)[0].float()
-        return prediction + resize(total, prediction, "bicubic")
+        total: Tensor | None = None
+        for stride, hidden in self.decoder(self.encoder(image)).items():
+            prediction = self.decoder.predict(stride, hidden)
+            total = prediction if total is None else prediction + resize(total, prediction, "bicubic")
+        assert total is not None
+        return total
 
 
 class DescriptorB(nn.Module):
@@ -43,7 +46,7 @@ class DescriptorB(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.encoder: nn.Module = VGG19()
-        self.decoder = Decoder(BASE, DESCRIPTOR_LENGTH, 5, "bilinear")
+        self.decoder = Decoder(BASE, DESCRIPTOR_LENGTH, 5)
 
     def features(self, image: Tensor) -> dict[int, Tensor]:
         """Normalised image [B, 3, H, W] -> features by stride."""
@@ -54,20 +57,28 @@ class DescriptorB(nn.Module):
         length.
 
         The original computes all 256 channels at full resolution and reads K pixels of them. Its last steps are linear,
-        so reading first gives the same: the finest refiner's hidden channels at K pixels, then its output layer.
+        so reading first gives the same: hidden channels at K places, then the output layer.
         """
-        total, finest = self.decoder(self.features(image))
-        refiner = self.decoder.finest()
-        hidden = read(refiner.hidden(finest), keypoints)  # [B, K, hidden]
-        weight = refiner.out_conv.weight[:DESCRIPTOR_LENGTH, :, 0, 0]
-        assert refiner.out_conv.bias is not None
-        fine = F.linear(hidden, weight, refiner.out_conv.bias[:DESCRIPTOR_LENGTH]).float()
-        # Where a pixel's centre lies in the next coarser map; beyond the outermost centres that map is constant.
-        scale = size_xy(total) / size_xy(image)
-        position = (keypoints + 0.5) * scale - 0.5
-        position = torch.minimum(position.clamp(min=0), size_xy(total) - 1)
-        coarse = sample(total, position.unsqueeze(1))[:, :, 0].transpose(1, 2)
-        return fine + coarse
+        *coarse, half, full = self.decoder(self.features(image)).items()
+        total: Tensor | None = None
+        for stride, hidden in coarse:
+            prediction = self.decoder.predict(stride, hidden)
+            total = prediction if total is None else prediction + resize(total, prediction, "bilinear")
+        assert total is not None
+        on_half = coarser(keypoints, full[1], half[1])
+        corners, weights = corners_of(on_half, half[1])
+        batch, count = keypoints.shape[:2]
+        sampled = sample(total, coarser(corners, half[1], total)).reshape(batch, -1, count, 4)
+        return (
+            (sampled * weights.unsqueeze(1)).sum(dim=3).transpose(1, 2)
+            + self._output(half[0], sample(half[1], on_half.unsqueeze(1))[:, :, 0].transpose(1, 2))
+            + self._output(full[0], read(full[1], keypoints))
+        )
+
+    def _output(self, stride: int, hidden: Tensor) -> Tensor:
+        """The output layer of a scale on hidden channels [B, K, hidden] at K places."""
+        layer = self.decoder.refiner(stride).out_conv
+        return F.linear(hidden, layer.weight[:, :, 0, 0], layer.bias).float()
 
 
 class DescriptorG(DescriptorB):
@@ -76,7 +87,7 @@ class DescriptorG(DescriptorB):
     def __init__(self) -> None:
         super().__init__()
         self.encoder = nn.ModuleDict({"vgg": VGG19()})
-        self.decoder = Decoder(GIANT, DESCRIPTOR_LENGTH, 5, "bilinear")
+        self.decoder = Decoder(GIANT, DESCRIPTOR_LENGTH, 5)
         self.dinov2: DinoV2 | None = None  # set after loading: its keys are not among this checkpoint's
 
     def features(self, image: Tensor) -> dict[int, Tensor]:
@@ -113,6 +124,23 @@ def density_matrix(size: int, like: Tensor) -> Tensor:
     place = torch.arange(size, device=like.device, dtype=torch.float32)
     distance = (place[:, None] - place).abs()
     return torch.exp(-((distance * 0.08) ** 2)) * (distance <= 25).float()
+
+
+def coarser(positions: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:
+    """Pixels (x, y) of one map -> where bilinear upsampling reads them in a coarser one: edges aligned, held inside."""
+    scaled = (positions + 0.5) * (size_xy(coarse) / size_xy(fine)) - 0.5
+    return torch.minimum(scaled.clamp(min=0), size_xy(coarse) - 1)
+
+
+def corners_of(positions: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    """The four pixels around each position [B, K, 2] of a map, [B, 4 K, 1, 2], and their weights [B, K, 4]."""
+    first = positions.floor()
+    part = positions - first
+    steps = pixel_grid(2, 2, positions.device).reshape(4, 2)
+    corners = torch.minimum(first.unsqueeze(2) + steps, size_xy(image) - 1)  # beyond the last pixel the weight is 0
+    along = (1 - steps) * (1 - part.unsqueeze(2)) + steps * part.unsqueeze(2)  # [B, K, 4, (x, y)]
+    weights = along[..., 0] * along[..., 1]
+    return corners.reshape(positions.shape[0], -1, 1, 2), weights
 
 
 def read(features: Tensor, keypoints: Tensor) -> Tensor:
