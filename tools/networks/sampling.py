@@ -34,7 +34,8 @@ def sample(features: Tensor, positions: Tensor) -> Tensor:
         [B, C, P, Q], in the type of `features`.
     """
     # align_corners=False maps pixel x to (2x + 1) / W - 1, which also works for maps of one pixel.
-    grid = (2 * positions.float() + 1) / size_xy(features) - 1
+    size = size_xy(features)
+    grid = positions.float() * (2 / size) + (1 / size - 1)
     sampled = F.grid_sample(features.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return sampled.to(features.dtype)
 
