@@ -76,7 +76,7 @@ class Matcher:
         """
         manifest = self.bundle.manifest
         if dense and not manifest.dense:
-            raise UserError(f"The bundle {manifest.name} has no dense output: use a RoMa bundle exported with --dense.")
+            raise UserError(f"The bundle {manifest.name} has no dense output: use a RoMa bundle.")
         check_image(image0, "image 0")
         check_image(image1, "image 1")
         start = time.perf_counter()
@@ -87,6 +87,9 @@ class Matcher:
         keep = np.flatnonzero((scores > 0) & (scores >= self.score_threshold))[: self.max_matches]
         keypoints0 = back["image0"](outputs["keypoints0"][keep])
         keypoints1 = back["image1"](outputs["keypoints1"][keep])
+        if manifest.fixed and manifest.preprocess.resize != "stretch":  # padding matches padding, beautifully
+            inside = _inside(keypoints0, image0) & _inside(keypoints1, image1)
+            keep, keypoints0, keypoints1 = keep[inside], keypoints0[inside], keypoints1[inside]
         done = time.perf_counter()
         return Matches(
             keypoints0=keypoints0,
@@ -132,3 +135,8 @@ class Matcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _inside(keypoints: Float, image: Image) -> npt.NDArray[np.bool_]:
+    """Which keypoints [N, 2] lie on the image."""
+    return np.all((keypoints >= -0.5) & (keypoints <= np.array([image.shape[1], image.shape[0]]) - 0.5), axis=1)

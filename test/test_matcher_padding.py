@@ -1,0 +1,20 @@
+"""Letterbox preprocessing: matches between the paddings of two images are none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from tiny_bundle import write_bundle
+
+from matchanything_ros.matcher import Matcher
+
+
+def test_matches_in_the_padding_are_dropped(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path, resize="fit")  # inputs of 48 x 64, matches at (8 + 4 i, 6 + 3 i), i < 12
+    wide, black = np.zeros((24, 64, 3), np.uint8), np.zeros((48, 64, 3), np.uint8)
+    with Matcher(bundle, backend="onnxruntime-cpu") as matcher:
+        assert len(matcher.match(black, black)) == 12
+        matches = matcher.match(wide, black)  # below its 24 rows image 0 is padding: y = 6 .. 21 stay, from 24 on not
+        assert len(matches) == 6 and matches.keypoints0[:, 1].max() == 21
+        assert len(matcher.match(black, wide)) == 6
