@@ -7,19 +7,22 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from matchanything_ros.bundle import Bundle, InputSpec, load_bundle, sha256_of
+from matchanything_ros.bundle import BUNDLES, Bundle, InputSpec, load_bundle, sha256_of
 from matchanything_ros.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help="a checkpoint, NAME.onnx or its NAME.json, or NAME.<device>.plan")
+    parser.add_argument(
+        "file", type=Path, help="a checkpoint, a bundle (NAME.onnx, or its name), or NAME.<device>.plan"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     path: Path = args.file
-    if not path.is_file():
+    packaged = (BUNDLES / f"{path.name}.onnx").is_file() and len(path.parts) == 1
+    if not path.is_file() and not packaged:
         raise UserError(f"{path} does not exist: name a checkpoint, a bundle (.onnx) or a plan (.plan).")
-    if path.suffix in (".onnx", ".json") and not path.name.endswith(".plan.json"):
+    if packaged or (path.suffix in (".onnx", ".json") and not path.name.endswith(".plan.json")):
         lines = describe_bundle(load_bundle(path))
     elif path.suffix == ".plan" or path.name.endswith(".plan.json"):
         lines = describe_plan(path)

@@ -1,0 +1,143 @@
+"""validate, bench and inspect, on a small network with its real weights (ALIKED-t16)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from matchanything_ros.bundle import sha256_of
+from matchanything_ros.cli import main
+from matchanything_tools.deviation import LIMITS, Deviation, compare, corner_distance, judge, summarise
+
+DATA = Path(__file__).parent / "data"
+WEIGHTS = DATA / "weights" / "aliked-t16.pth"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bundle") / "small.onnx"
+    words = f"export aliked --variant t16 --weights {WEIGHTS} --size 160x192 --keypoints 300 --score-threshold 0.02 --out {out}"
+    assert main(words.split()) == 0
+    return out
+
+
+def test_validate_equal(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs, out = tmp_path / "pairs", tmp_path / "validation.json"
+    shutil.copytree(DATA / "pairs" / "zoom_caliterra_30", pairs / "zoom")
+    words = ["validate", str(bundle), "--weights", str(WEIGHTS), "--pairs", str(pairs), "--out", str(out)]
+    assert main([*words, "--backend", "onnxruntime-cpu"]) == 0
+    report = json.loads(out.read_text())
+    assert report["backend"] == "onnxruntime-cpu" and set(report["against"]) == {"golden result", "PyTorch, fp32"}
+    for figures in report["against"].values():
+        assert figures["matches_expected"] > 10
+        assert figures["mean_px"] < 0.01 and figures["score_correlation"] > 0.999 and not figures["problems"]
+    assert "within 0.1 px" in capsys.readouterr().out
+
+
+def test_validate_fails_past_the_tolerance(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for suffix in (".onnx", ".json", ".golden.npz"):
+        shutil.copy(bundle.with_suffix(suffix), tmp_path)
+    moved = tmp_path / bundle.name
+    golden = moved.with_suffix(".golden.npz")
+    arrays = dict(np.load(golden))
+    np.savez(golden, **{**arrays, "keypoints1": arrays["keypoints1"] + np.float32(0.3)})
+    manifest = json.loads(moved.with_suffix(".json").read_text())
+    moved.with_suffix(".json").write_text(json.dumps(manifest | {"golden_sha256": sha256_of(golden)}))
+    words = ["validate", str(moved), "--out", str(tmp_path / "validation.json")]
+    assert main(words) == 1
+    assert "keypoints are 0.424 px off (limit 0.02)" in capsys.readouterr().err  # 0.3 px in x and in y
+    assert main([*words, "--tolerance", "0.5"]) == 0
+
+
+def test_validate_needs_the_same_checkpoint(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", str(bundle), "--weights", str(DATA / "weights" / "aliked-n16.pth")]) == 1
+    assert "was exported from aliked-t16.pth" in capsys.readouterr().err
+    assert main(["validate", str(bundle), "--pairs", str(DATA / "pairs")]) == 1
+    assert "--pairs needs --weights" in capsys.readouterr().err
+
+
+def test_bench(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench.json"
+    words = f"bench {bundle} --against original pytorch --weights {WEIGHTS} --runs 3 --warm-up 1 --out {out}"
+    assert main(words.split()) == 0
+    report = json.loads(out.read_text())
+    assert report["machine"]["cpu"] and report["machine"]["versions"]["numpy"] == np.__version__
+    original, plain, ours = report["results"]
+    assert [entry["name"].split()[1] for entry in (original, plain)] == ["original", "pytorch"]
+    assert original["speedup"] == {"network": 1.0, "total": 1.0}
+    assert ours["speedup"]["total"] == pytest.approx(
+        original["stages"]["total"]["median_ms"] / ours["stages"]["total"]["median_ms"]
+    )
+    for entry in report["results"]:
+        stages = entry["stages"]
+        assert {"preprocess", "network", "homography", "total"} <= set(stages)
+        for figures in stages.values():
+            assert 0 <= figures["min_ms"] <= figures["median_ms"] <= figures["p95_ms"]
+        # The stages are the whole: nothing that takes time is left out.
+        parts = sum(stages[name]["min_ms"] for name in stages if name != "total")
+        assert parts <= stages["total"]["p95_ms"] < 3 * parts + 50
+        assert entry["host_peak_mib"] >= 0
+    assert "speedup" in capsys.readouterr().out
+    assert main(["bench", str(bundle), "--against", "original"]) == 1
+    assert "--against needs --weights" in capsys.readouterr().err
+
+
+def test_inspect(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(WEIGHTS)]) == 0
+    text = capsys.readouterr().out
+    assert "ALIKED-t16" in text and sha256_of(WEIGHTS) in text and "float32" in text
+    assert "keys        76" in text
+    assert main(["inspect", str(bundle)]) == 0
+    text = capsys.readouterr().out
+    assert "aliked, t16, fp32" in text and "image0: 160x192" in text and sha256_of(WEIGHTS) in text
+    plan = tmp_path / "small.gpu.plan"
+    plan.write_bytes(b"plan")
+    plan.with_name("small.gpu.plan.json").write_text(json.dumps({"plan_sha256": sha256_of(plan), "version": "10.3"}))
+    assert main(["inspect", str(plan)]) == 0
+    assert "as its manifest says" in capsys.readouterr().out
+    plan.write_bytes(b"other")
+    assert main(["inspect", str(plan)]) == 0
+    assert "build again" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "nothing.ckpt")]) == 1
+    assert "does not exist" in capsys.readouterr().err
+
+
+def arrays(keypoints: np.ndarray, scores: np.ndarray) -> dict[str, np.ndarray]:
+    return {"keypoints0": keypoints.astype(np.float32), "keypoints1": keypoints.astype(np.float32), "scores": scores}
+
+
+def test_deviation() -> None:
+    rng = np.random.default_rng(0)
+    keypoints, scores = rng.uniform(0, 500, (400, 2)), np.linspace(1, 0.1, 400).astype(np.float32)
+    same = summarise([compare(arrays(keypoints, scores), arrays(keypoints, scores), 0.2)])
+    assert same["mean_px"] == 0 and same["within_0.1_px"] == 1 and same["score_correlation"] == pytest.approx(1)
+    assert not judge(same, LIMITS["fp32"])
+
+    moved = summarise([compare(arrays(keypoints, scores), arrays(keypoints + np.array([0.4, 0]), scores), 0.2)])
+    assert moved["mean_px"] == pytest.approx(0.4, abs=1e-4) and moved["within_0.1_px"] == 0
+    assert any("px off" in problem for problem in judge(moved, LIMITS["fp16"]))
+
+    # Twelve scores fall below the threshold: fewer matches, but none of them is lost.
+    lower = scores.copy()
+    lower[300:312] *= 0.6
+    fewer = summarise([compare(arrays(keypoints, scores), arrays(keypoints, lower), 0.2)])
+    assert fewer["matches_expected"] - fewer["matches"] == 12 and fewer["within_1_px"] == 1
+    assert any("matches instead of" in problem for problem in judge(fewer, LIMITS["fp16"]))
+
+    # Ten of the matches are gone: the share within 1 px says so, the mean distance of the others does not.
+    gone = compare(arrays(keypoints, scores), arrays(keypoints[10:], scores[10:]), 0.2)
+    assert (gone.distances[:10] > 1).all() and (gone.distances[10:] == 0).all()
+    summary = summarise([gone])
+    assert summary["mean_px"] < 0.1 and any("within 1 px" in problem for problem in judge(summary, LIMITS["fp16"]))
+
+    assert summarise([Deviation(0, 0, np.zeros(0, np.float32), np.zeros((0, 2), np.float32))])["mean_px"] is None
+
+
+def test_corner_distance() -> None:
+    shift = np.array([[1, 0, 3], [0, 1, 4], [0, 0, 1.0]])
+    assert corner_distance(np.eye(3), shift, (640, 480)) == pytest.approx(5)
+    assert corner_distance(np.eye(3), 2 * shift, (640, 480)) == pytest.approx(5)  # scale is no difference
