@@ -250,6 +250,20 @@ def test_fixed_fp16(tmp_path: Path) -> None:
     assert rtx and memoryview(build_engine(bundle, target="sm_86").data).nbytes > 1000
 
 
+@pytest.mark.full
+def test_deform_conv_is_the_same_network(tmp_path: Path) -> None:
+    out = tmp_path / "t16.onnx"
+    words = f"export aliked --variant t16 --weights {WEIGHTS / 'aliked-t16.pth'} --size 192x256 --keypoints 300"
+    assert cli.main([*words.split(), "--deform-conv", "--out", str(out)]) == 0
+    bundle = load_bundle(out)
+    assert b"DeformConv" in out.read_bytes()
+    golden = np.load(bundle.golden)  # of the PyTorch network, which samples
+    inputs = {s.name: prepare(golden[s.name], bundle.manifest.preprocess, s)[0] for s in bundle.manifest.inputs}
+    found = as_matches(open_engine(bundle, "onnxruntime-cpu").run(inputs))
+    wanted = as_matches({key: golden[key] for key in ("keypoints0", "keypoints1", "scores")})
+    assert len(wanted) > 50 and len(found.keys() & wanted.keys()) >= 0.99 * len(wanted)
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

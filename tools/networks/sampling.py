@@ -44,11 +44,13 @@ class DeformableConv3x3(nn.Module):
     """Deformable 3x3 convolution without modulation (Dai et al. 2017): sampling at nine taps, then a 1x1 convolution.
 
     Equal to torchvision.ops.deform_conv2d with stride 1 and padding 1 (the DeformConv operator, which TensorRT
-    rejects) up to rounding. Keys: offset_conv.{weight,bias}, regular_conv.weight.
+    rejects) up to rounding. Keys: offset_conv.{weight,bias}, regular_conv.weight. Set `as_operator` to export it as
+    DeformConv, for ONNX Runtime on the CPU.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
+        self.as_operator = False
         self.offset_conv = nn.Conv2d(in_channels, 18, 3, padding=1)
         self.regular_conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
 
@@ -56,8 +58,11 @@ class DeformableConv3x3(nn.Module):
         """[B, C, H, W] -> [B, out_channels, H, W]."""
         batch, channels, height, width = x.shape
         limit = max(height, width) / 4
-        offsets = self.offset_conv(x).float()  # (y, x) of each tap, taps row by row
-        offsets = offsets.clamp(-limit, limit).reshape(batch, 9, 2, height, width)
+        # (y, x) of each tap, taps row by row
+        offsets = self.offset_conv(x).float().clamp(-limit, limit)
+        if self.as_operator and torch.onnx.is_in_onnx_export():
+            return self._operator(x, offsets.to(x.dtype))
+        offsets = offsets.reshape(batch, 9, 2, height, width)
         taps = pixel_grid(3, 3, x.device).reshape(9, 1, 1, 2) - 1
         positions = pixel_grid(height, width, x.device) + taps + offsets.permute(0, 1, 3, 4, 2).flip(-1)
         # One GridSample over a map nine times as tall, instead of nine.
@@ -65,6 +70,18 @@ class DeformableConv3x3(nn.Module):
         sampled = sampled.reshape(batch, channels * 9, height, width)
         weight = self.regular_conv.weight.reshape(-1, channels * 9, 1, 1)
         return F.conv2d(sampled, weight, self.regular_conv.bias)
+
+    def _operator(self, x: Tensor, offsets: Tensor) -> Tensor:
+        weight, bias = self.regular_conv.weight, self.regular_conv.bias
+        result = torch.onnx.ops.symbolic(
+            "DeformConv",
+            (x, weight, offsets) if bias is None else (x, weight, offsets, bias),
+            {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]},
+            dtype=x.dtype,
+            shape=(x.shape[0], weight.shape[0], *x.shape[2:]),
+        )
+        assert isinstance(result, Tensor)
+        return result
 
 
 def _scalar(size: int, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from matchanything_tools.networks.aliked.backbone import DIVISOR, VARIANTS, Back
 from matchanything_tools.networks.aliked.description import DescriptorHead
 from matchanything_tools.networks.aliked.detection import detect
 from matchanything_tools.networks.aliked.features import Features, ReadFeatures, WholeFeatures, Window
+from matchanything_tools.networks.sampling import DeformableConv3x3
 from matchanything_tools.networks.sparse_pair import SparsePair
 
 MAX_KEYPOINTS = 5000
@@ -90,6 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--detection-threshold", type=float, help="detect where the score is above this, at most --keypoints"
     )
+    parser.add_argument(
+        "--deform-conv", action="store_true", help="use this operator: for ONNX Runtime on the CPU, not for TensorRT"
+    )
 
 
 def exportable(args: argparse.Namespace) -> Exportable:
@@ -105,6 +109,9 @@ def exportable(args: argparse.Namespace) -> Exportable:
     network = Aliked(variant, args.keypoints, threshold, features=reader)
     load_strict(network, read_checkpoint(args.weights), what=f"ALIKED {args.variant}", path=args.weights)
     network.eval().fuse()
+    for module in network.modules():
+        if isinstance(module, DeformableConv3x3):
+            module.as_operator = args.deform_conv
     if args.precision == "fp16":
         network.half()
     if min(min(spec.min) for spec in inputs) < DIVISOR:

@@ -24,7 +24,7 @@ def suppress(scores: Tensor) -> Tensor:
         near = _max5(keep.to(scores.dtype)) > 0
         rest = torch.where(near, torch.zeros_like(scores), scores)
         keep = keep | ((rest == _max5(rest)) & ~near)
-    inner = torch.ones_like(scores[:, :, RADIUS:-RADIUS, RADIUS:-RADIUS])
+    inner = torch.ones_like(scores[:1, :, RADIUS:-RADIUS, RADIUS:-RADIUS])
     return torch.where(keep, scores, torch.zeros_like(scores)) * F.pad(inner, [RADIUS] * 4)
 
 
