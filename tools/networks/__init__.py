@@ -14,6 +14,7 @@ class Family:
 
 
 FAMILIES = {
+    "kestrel": Family("matchanything_tools.networks.kestrel", "Kestrel: our own matcher across modalities"),
     "eloftr": Family("matchanything_tools.networks.eloftr", "MatchAnything-ELoFTR and EfficientLoFTR"),
     "aliked": Family("matchanything_tools.networks.aliked", "ALIKED: t16, n16, n16rot, n32"),
     "dedode": Family("matchanything_tools.networks.dedode", "DeDoDe: detector L or B, descriptor B or G"),

@@ -160,4 +160,5 @@ def match_quality(logits: Tensor, matchable: Tensor, batch: Batch, centres: Tens
 def logits_of(features: Features) -> Tensor:
     """Dual softmax logits [B, L, L] of stacked features."""
     pairs = len(features.descriptors) // 2
-    return similarity(features.descriptors[:pairs], features.descriptors[pairs:])
+    with torch.autocast(features.descriptors.device.type, enabled=False):
+        return similarity(features.descriptors[:pairs], features.descriptors[pairs:])

@@ -91,11 +91,10 @@ class Kestrel(nn.Module):
 
 
 def similarity(descriptors0: Tensor, descriptors1: Tensor) -> Tensor:
-    """Logits of the dual softmax: descriptors [B, h, w, d] of both images -> [B, h0 * w0, h1 * w1] in fp32."""
+    """Logits of the dual softmax: descriptors [B, h, w, d] of both images -> [B, h0 * w0, h1 * w1], fp32."""
     dim = descriptors0.shape[-1]
-    with torch.autocast(descriptors0.device.type, enabled=False):
-        a, b = descriptors0.float().flatten(1, 2), descriptors1.float().flatten(1, 2)
-        return torch.bmm(a * (10.0 / dim), b.transpose(1, 2))
+    a, b = descriptors0.float().flatten(1, 2), descriptors1.float().flatten(1, 2)
+    return torch.bmm(a * (10.0 / dim), b.transpose(1, 2))
 
 
 def cell_centres(height: int, width: int, device: torch.device | str | None = None) -> Tensor:

@@ -63,9 +63,10 @@ class WindowRefiner(nn.Module):
         window = padded[index]
         logits = torch.einsum("nkc,nc->nk", window.float(), queries.float()) * channels**-0.5
         weight = logits.softmax(-1)
-        summary = torch.cat((weight, queries, torch.einsum("nk,nkc->nc", weight.to(window.dtype), window)), -1)
-        out = self.offset(summary.to(self.offset[0].weight.dtype)).float()  # type: ignore[union-attr, arg-type]
-        return weight @ self.grid + out[:, :2], out[:, 2].clamp(-4, 4), logits
+        dtype = self.query_context.weight.dtype
+        expected = torch.einsum("nk,nkc->nc", weight.to(window.dtype), window)
+        out = self.offset(torch.cat((weight.to(dtype), queries.to(dtype), expected.to(dtype)), -1)).float()
+        return weight @ self.grid.float() + out[:, :2], out[:, 2].clamp(-4.0, 4.0), logits
 
 
 class PatchRefiner(nn.Module):
@@ -115,7 +116,7 @@ class PatchRefiner(nn.Module):
 
     def sample(self, detail: Tensor, points: Tensor, step: Tensor) -> Tensor:
         """Features [B, M, 49, c] at points + step @ grid; step [B, M, 2, 2] px per patch step."""
-        at = points[:, :, None] + torch.einsum("bmij,kj->bmki", step, self.grid)  # [B, M, 49, 2] px
+        at = points[:, :, None] + torch.einsum("bmij,kj->bmki", step, self.grid.float())  # [B, M, 49, 2] px
         size = torch.tensor([detail.shape[3] * 2.0, detail.shape[2] * 2.0], device=detail.device)
         patch = F.grid_sample(detail.float(), (at + 0.5) / size * 2 - 1, align_corners=False)
         return patch.permute(0, 2, 3, 1)
@@ -128,13 +129,13 @@ class PatchRefiner(nn.Module):
         scale = area_scale(affine)
         condition = torch.cat((affine.flatten(2) / scale[..., None], scale[..., None].log()), -1)
         out = self.out(self.hidden(pairs) + self.condition(condition.to(dtype))).float()
-        return logits.softmax(-1) @ self.grid + out[..., :2], out[..., 2].clamp(-4, 3), logits
+        return logits.softmax(-1) @ self.grid.float() + out[..., :2], out[..., 2].clamp(-4.0, 3.0), logits
 
 
 def area_scale(affine: Tensor) -> Tensor:
     """Square root of |determinant|, kept within [1/4, 4]; affine [..., 2, 2]."""
     det = affine[..., 0, 0] * affine[..., 1, 1] - affine[..., 0, 1] * affine[..., 1, 0]
-    return det.abs().clamp(1 / 16, 16).sqrt()
+    return det.abs().clamp(min=0.0625).clamp(max=16.0).sqrt()
 
 
 def steps(affine: Tensor) -> tuple[Tensor, Tensor]:
