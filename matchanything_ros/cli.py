@@ -38,7 +38,7 @@ COMMANDS = {
     "validate": Entry("matchanything_tools.validate", "compare a bundle with the network it came from"),
     "bench": Entry("matchanything_tools.bench", "speed and memory by stage, as ratios"),
     "evaluate": Entry("matchanything_tools.evaluate", "accuracy on image pairs with ground truth"),
-    "train": Entry("matchanything_tools.training.command", "train the open cross-modal matcher"),
+    "train": Entry("matchanything_tools.training.loop", "train the open cross-modal matcher"),
 }
 
 

@@ -94,11 +94,16 @@ def fuse(module: nn.Module) -> nn.Module:
 
 
 def upsample(x: Tensor, factor: int, axes: tuple[int, int]) -> Tensor:
-    """Bilinear enlargement of the two axes by an even factor, as F.interpolate(align_corners=False).
+    """Bilinear enlargement of the two axes (2, 3) or (1, 2) by an even factor, as F.interpolate(align_corners=False).
 
-    Written as shifted sums: the backward pass of the library's own kernel adds atomically and dominated a training
-    step.
+    Where gradients are wanted it is written as shifted sums: the backward pass of the library's kernel adds
+    atomically, which is slow.
     """
+    if not torch.is_grad_enabled():
+        channels_last = axes == (1, 2)
+        x = x.permute(0, 3, 1, 2) if channels_last else x
+        x = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+        return x.permute(0, 2, 3, 1) if channels_last else x
     for axis in axes:
         size = x.shape[axis]
         before = torch.cat((x.narrow(axis, 0, 1), x.narrow(axis, 0, size - 1)), axis)

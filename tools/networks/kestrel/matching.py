@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from matchanything_tools.networks.kestrel.affine import local_affine
-from matchanything_tools.networks.kestrel.model import Features, Kestrel, cell_centres, similarity
+from matchanything_tools.networks.kestrel.model import SHARPNESS, Features, Kestrel, cell_centres
 from matchanything_tools.networks.kestrel.refine import steps
+
+LARGEST_LOGIT = 75.0  # the sum of 1e4 exponentials of it stays within fp32
 
 
 class KestrelMatcher(nn.Module):
@@ -76,18 +78,23 @@ def dual_softmax(features0: Features, features1: Features) -> tuple[Tensor, Tens
     """Confidence [h0 * w0] of every cell of image 0 in its partner [h0 * w0] of image 1; 0 unless mutual.
 
     Softmax over rows times softmax over columns (Rocco et al. 2018) times both matchabilities. The exponential is
-    taken once: columns are normalised from the rows' exponentials.
+    taken once, and the products are compared by their square roots: a matrix of all cells by all cells is large, and
+    every pass over it costs.
     """
-    logits = similarity(features0.descriptors, features1.descriptors)[0]
-    row_peak = logits.amax(1, keepdim=True)
-    rows = torch.exp(logits - row_peak)
-    lift = torch.exp(row_peak - row_peak.amax((0, 1), keepdim=True))  # rows * lift = exp(logits - peak of all)
-    columns = lift.transpose(0, 1) @ rows
-    row_share = features0.matchable.float().sigmoid().reshape(-1, 1) * lift / rows.sum(1, keepdim=True)
-    column_share = features1.matchable.float().sigmoid().reshape(1, -1) / columns.clamp(min=1e-30)
-    confidence = rows * rows * (row_share * column_share)
-    best, partner = confidence.max(1)
-    mutual = best >= confidence.amax(0)[partner]
+    a, b = features0.descriptors.float().flatten(0, 2), features1.descriptors.float().flatten(0, 2)
+    a = a * (SHARPNESS / a.shape[1])
+    bound = (a.square().sum(1).amax(0) * b.square().sum(1).amax(0)).sqrt()  # of every logit, by Cauchy-Schwarz
+    lowered = (LARGEST_LOGIT - bound).clamp(max=0.0)  # enters as one more channel: cheaper than a pass over all pairs
+    a = torch.cat((a, torch.ones_like(a[:, :1])), 1)
+    b = torch.cat((b, lowered.expand(b.shape[0], 1)), 1)
+    exponential = torch.exp(a @ b.transpose(0, 1))
+    share0 = features0.matchable.float().sigmoid().flatten() / exponential.sum(1).clamp(min=1e-30)
+    share1 = features1.matchable.float().sigmoid().flatten() / exponential.sum(0).clamp(min=1e-30)
+    partner = (exponential * share1.sqrt()).argmax(1)
+    upwards = exponential * share0.sqrt()[:, None]
+    own = upwards.gather(1, partner[:, None])[:, 0]
+    mutual = own >= upwards.amax(0)[partner]
+    best = own * own * share1[partner]
     return torch.where(mutual, best, torch.zeros_like(best)), partner
 
 

@@ -19,6 +19,7 @@ from matchanything_tools.networks.kestrel.blocks import AggregatedAttention, Dow
 from matchanything_tools.networks.kestrel.refine import PatchRefiner, WindowRefiner
 
 CELL = 8  # input pixels per cell
+SHARPNESS = 10.0  # inverse temperature of the dual softmax
 
 
 class Features(NamedTuple):
@@ -94,7 +95,7 @@ def similarity(descriptors0: Tensor, descriptors1: Tensor) -> Tensor:
     """Logits of the dual softmax: descriptors [B, h, w, d] of both images -> [B, h0 * w0, h1 * w1], fp32."""
     dim = descriptors0.shape[-1]
     a, b = descriptors0.float().flatten(1, 2), descriptors1.float().flatten(1, 2)
-    return torch.bmm(a * (10.0 / dim), b.transpose(1, 2))
+    return torch.bmm(a * (SHARPNESS / dim), b.transpose(1, 2))
 
 
 def cell_centres(height: int, width: int, device: torch.device | str | None = None) -> Tensor:

@@ -57,7 +57,8 @@ class WindowRefiner(nn.Module):
         count, height, width, channels = keys.shape
         columns = width // 4
         padded = F.pad(keys, (0, 0, 3, 3, 3, 3)).reshape(count * (height + 6) * (width + 6), channels)
-        first = (batch * (height + 6) + partner // columns * 4) * (width + 6) + partner % columns * 4
+        row = partner // columns
+        first = (batch * (height + 6) + row * 4) * (width + 6) + (partner - row * columns) * 4
         steps = torch.arange(WINDOW, device=keys.device)
         index = first[:, None] + (steps[:, None] * (width + 6) + steps).reshape(-1)
         window = padded[index]

@@ -1,0 +1,142 @@
+"""Kestrel: folding changes nothing, geometry of its stages, export parity, and what the shipped bundle can do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from matchanything_ros.bundle import BUNDLES, load_bundle
+from matchanything_ros.homography import Status, estimate_homography
+from matchanything_ros.matcher import Matcher
+from matchanything_tools.export import Exportable, export, golden_pair
+from matchanything_tools.networks.kestrel.affine import local_affine
+from matchanything_tools.networks.kestrel.blocks import fuse, upsample
+from matchanything_tools.networks.kestrel.matching import KestrelMatcher, dual_softmax
+from matchanything_tools.networks.kestrel.model import Features, Kestrel, cell_centres, similarity
+
+BUNDLE = BUNDLES / "kestrel.onnx"
+
+
+def small_network(seed: int = 0) -> Kestrel:
+    """A narrow Kestrel with batch norm statistics that are not the neutral ones, in eval mode."""
+    torch.manual_seed(seed)
+    network = Kestrel(widths=(8, 16, 32), layers=1, fine=16)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.3, 2.0)
+    return network.eval()
+
+
+def test_folding_changes_nothing() -> None:
+    network, folded = small_network(), small_network()
+    fuse(folded)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    images = torch.rand(2, 1, 64, 96)
+    with torch.inference_mode():
+        for a, b in zip(network(images), folded(images), strict=True):
+            assert (a - b).abs().max() <= 1e-5 * max(1.0, a.abs().max().item())  # fp32 rounding, folded in fp64
+
+
+def test_both_ways_of_upsampling_agree() -> None:
+    x = torch.rand(1, 3, 5, 7)
+    trained = upsample(x, 4, (2, 3))
+    with torch.no_grad():
+        assert torch.allclose(trained, upsample(x, 4, (2, 3)), atol=1e-6)
+        assert torch.allclose(trained.permute(0, 2, 3, 1), upsample(x.permute(0, 2, 3, 1), 4, (1, 2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("sharp", [1.0, 12.0])  # 12: logits above 100, whose exponential fp32 cannot hold
+def test_dual_softmax_is_the_textbook_formula(sharp: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    maps = [torch.randn(1, 4, 8, 32, generator=generator) * sharp for _ in range(2)]
+    maps[1] = maps[0].flip(2) * 0.9 + 0.1 * maps[1]
+    chance = [torch.randn(1, 4, 8, generator=generator) for _ in range(2)]
+    features = [Features(m, c, m, m, m) for m, c in zip(maps, chance, strict=True)]
+    confidence, partner = dual_softmax(*features)
+    logits = similarity(*maps)[0].double()
+    expected = logits.softmax(1) * logits.softmax(0)
+    expected = expected * chance[0].double().sigmoid().reshape(-1, 1) * chance[1].double().sigmoid().reshape(1, -1)
+    best, index = expected.max(1)
+    mutual = expected.argmax(0)[index] == torch.arange(32)
+    assert mutual.sum() > 8
+    assert torch.equal(confidence > 0, mutual)
+    assert torch.equal(partner[mutual], index[mutual])
+    assert torch.allclose(confidence[mutual].double(), best[mutual], rtol=1e-3)
+
+
+def test_local_affine_finds_the_map_despite_rounding_to_cells() -> None:
+    angle = np.deg2rad(35.0)
+    truth = 0.8 * torch.tensor([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], dtype=torch.float32)
+    centres = cell_centres(20, 24)
+    points = ((centres @ truth.T + 40) / 8).round() * 8
+    found = local_affine(points, torch.full((480,), 0.7), (20, 24)).view(20, 24, 2, 2)[3:-3, 3:-3]
+    # rounding is +-4 px on a lever of 8 px * sqrt(50): a standard deviation of 0.04 for every entry
+    assert (found - truth).abs().max() < 0.16
+    assert (found - truth).abs().mean() < 0.04
+
+
+def test_export_equals_pytorch_at_other_sizes_than_the_example(tmp_path: Path) -> None:
+    network = small_network()
+    fuse(network)
+    module = KestrelMatcher(network, max_matches=64).eval()
+    item = exportable(module, ((32, 32), (64, 96), (128, 128)))
+    bundle = export(item, tmp_path / "small.onnx")
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(str(bundle.onnx), providers=["CPUExecutionProvider"])
+    for shape0, shape1 in (((64, 96), (128, 64)), ((32, 64), (32, 32))):  # the second has fewer cells than rows
+        image0, image1 = torch.rand(1, 1, *shape0), torch.rand(1, 1, *shape1)
+        with torch.inference_mode():
+            expected = module(image0, image1)
+        got = session.run(None, {"image0": image0.numpy(), "image1": image1.numpy()})
+        valid = expected[2].numpy() > 1e-6
+        assert valid.any()
+        assert np.allclose(got[2], expected[2].numpy(), atol=1e-5)
+        order = {tuple(p): q for p, q in zip(got[0], got[1], strict=True)}
+        distance = [np.abs(order[tuple(p)] - q).max() for p, q in zip(expected[0].numpy(), expected[1].numpy(), strict=True)
+                    if tuple(p) in order]  # fmt: skip
+        assert np.median(distance) < 1e-2  # px
+
+
+def exportable(module: KestrelMatcher, sizes: tuple[tuple[int, int], ...]) -> Exportable:
+    from matchanything_ros.bundle import InputSpec, Preprocess, WeightsInfo
+    from matchanything_tools.networks.sparse_pair import dynamic_shapes
+
+    inputs = tuple(InputSpec(f"image{k}", k, *sizes) for k in (0, 1))
+    return Exportable(
+        family="kestrel", variant="test", module=module, inputs=inputs,
+        preprocess=Preprocess(channels="gray", resize="fit", interpolation="area", divisor=32),
+        max_matches=module.max_matches, score_threshold=0.0, weights=(WeightsInfo("none", "0", "none"),),
+        dynamic_shapes=dynamic_shapes(inputs, 32),
+    )  # fmt: skip
+
+
+def test_the_bundle_is_small_free_and_half_precision() -> None:
+    manifest = load_bundle(BUNDLE).manifest
+    assert manifest.precision == "fp16"
+    assert manifest.weights[0].licence == "Apache-2.0"
+    assert BUNDLE.stat().st_size <= 16e6
+
+
+def test_the_bundle_matches_across_a_change_of_everything_and_refuses_noise() -> None:
+    """One image turned by 90 degrees, inverted and of another gamma; then images that share nothing."""
+    image, _ = golden_pair()
+    other = np.ascontiguousarray(np.rot90(255 - (255 * (image / 255.0) ** 0.6).astype(np.uint8), k=-1))
+    truth = np.array([[0.0, -1.0, image.shape[0] - 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    noise = np.random.default_rng(0).integers(0, 255, image.shape, dtype=np.uint8)
+    with Matcher(BUNDLE, backend="onnxruntime-cpu") as matcher:
+        matches = matcher.match(image, other)
+        strangers = matcher.match(image, noise)
+    estimate = estimate_homography(matches.keypoints0, matches.keypoints1, matches.size0, matches.size1)
+    assert estimate.status is Status.OK and estimate.matrix is not None
+    corners = np.array([[0, 0, 1], [319, 0, 1], [319, 239, 1], [0, 239, 1]], float).T
+    found, expected = estimate.matrix @ corners, truth @ corners
+    assert np.abs(found[:2] / found[2] - expected[:2]).max() < 1.0  # sub-pixel although a cell is 4 px of these images
+    assert len(strangers) < 8
