@@ -18,7 +18,7 @@ from matchanything_ros.errors import UserError
 
 SCHEMA = 1
 BUNDLES = Path(__file__).parent / "bundles"
-DEFAULT_BUNDLE = BUNDLES / "aliked-n16.onnx"
+DEFAULT_BUNDLE = BUNDLES / "kestrel.onnx"
 
 Size = tuple[int, int]  # (height, width) in pixels
 

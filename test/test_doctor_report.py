@@ -23,7 +23,7 @@ def test_doctor_names_every_topic_and_exits_0(capsys: pytest.CaptureFixture[str]
     out = capsys.readouterr().out
     for topic in ("System", "ROS 2", "ONNX Runtime", "GPU", "TensorRT", "Offline tools", "Bundles"):
         assert f"\n{topic}\n" in "\n" + out
-    assert re.search(r"onnxruntime +\d+\.\d+", out) and "aliked-n16" in out
+    assert re.search(r"onnxruntime +\d+\.\d+", out) and "kestrel" in out
 
 
 def test_doctor_survives_what_is_broken(

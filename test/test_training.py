@@ -32,7 +32,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Photographs:
     rng = np.random.default_rng(0)
     entries = []
     for k in range(10):
-        levels = [cv2.resize(rng.uniform(0, 255, (n, n, 3)), (160, 120), interpolation=cv2.INTER_CUBIC) for n in (4, 12, 40)]
+        levels = [
+            cv2.resize(rng.uniform(0, 255, (n, n, 3)), (160, 120), interpolation=cv2.INTER_CUBIC) for n in (4, 12, 40)
+        ]
         cv2.imwrite(str(folder / "train" / f"{k}.jpg"), np.clip(np.mean(levels, 0), 0, 255).astype(np.uint8))
         entries.append({"file": f"{k}.jpg", "repo": f"r{k % 3}", "registered_with": ["1.jpg"] if k == 0 else []})
     (folder / "train.json").write_text(json.dumps({"images": entries}), encoding="utf-8")
@@ -145,6 +147,8 @@ def test_checkpoints_are_whole_or_refused(tmp_path: Path) -> None:
 
 def test_a_config_with_a_misspelt_key_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text("steps: 10\nphases: [{until: 1.0, height: 64, width: 64, batch: 2}]\nlearning_rat: 1\n", encoding="utf-8")
+    path.write_text(
+        "steps: 10\nphases: [{until: 1.0, height: 64, width: 64, batch: 2}]\nlearning_rat: 1\n", encoding="utf-8"
+    )
     with pytest.raises(UserError, match="learning_rat"):
         read_config(path)

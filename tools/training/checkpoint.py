@@ -49,9 +49,7 @@ def load_checkpoint(out: Path) -> dict[str, Any] | None:
 
 def save_weights(path: Path, network: torch.nn.Module) -> None:
     """The network's weights and statistics in fp16 (what is exported), written whole or not at all."""
-    state = {
-        k: (v.half() if v.is_floating_point() else v).cpu().contiguous() for k, v in network.state_dict().items()
-    }
+    state = {k: (v.half() if v.is_floating_point() else v).cpu().contiguous() for k, v in network.state_dict().items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     torch.save(state, temporary)
     os.replace(temporary, path)

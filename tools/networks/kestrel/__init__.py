@@ -57,7 +57,9 @@ def exportable(args: argparse.Namespace) -> Exportable:
 def load(weights: Path) -> Kestrel:
     """The network of a file that training wrote, in eval mode, every block folded into one convolution, fp32."""
     network = Kestrel()
-    state = {key: value.float() if value.is_floating_point() else value for key, value in read_checkpoint(weights).items()}
+    state = {
+        key: value.float() if value.is_floating_point() else value for key, value in read_checkpoint(weights).items()
+    }
     load_strict(network, state, what="Kestrel", path=weights)
     network.eval()
     fuse(network)

@@ -13,7 +13,7 @@ LARGEST_LOGIT = 75.0  # the sum of 1e4 exponentials of it stays within fp32
 
 
 class KestrelMatcher(nn.Module):
-    """image0, image1 float32 [1, 1, H, W] in [0, 1], sides multiples of 32 -> keypoints0, keypoints1 [K, 2], scores [K].
+    """Images float32 [1, 1, H, W] in [0, 1], sides multiples of 32 -> keypoints0, keypoints1 [K, 2], scores [K].
 
     rounds: how often the patch stage runs, each time from where the last one arrived. same_size: both images go
     through the network as one batch, which a graph of fixed shapes can do.
@@ -96,5 +96,3 @@ def dual_softmax(features0: Features, features1: Features) -> tuple[Tensor, Tens
     mutual = own >= upwards.amax(0)[partner]
     best = own * own * share1[partner]
     return torch.where(mutual, best, torch.zeros_like(best)), partner
-
-
