@@ -78,13 +78,14 @@ def prepare(image: Image, preprocess: Preprocess, spec: InputSpec) -> tuple[Floa
     height, width = image.shape[:2]
     content = content_size(height, width, preprocess, spec)
     back = ToOriginal(width / content[1], height / content[0])
-    if image.dtype == np.uint8 and preprocess.gray != "pil_l":
-        # Resizing 8-bit values would round; converting first keeps what the networks were trained with.
-        pixels: Float = image.astype(np.float32) * np.float32(1 / 255)
-    else:
-        pixels = image.astype(np.float32)
-        if image.dtype == np.uint8:
-            pixels /= np.float32(255)
+    # Resizing 8-bit values would round; converting first keeps what the networks were trained with. Where the result is
+    # to be truncated, values stay in [0, 255] till then: a rounding more on the way costs a gray level here and there.
+    pixels: Float = image.astype(np.float32)
+    scale = (255.0 if image.dtype == np.float32 else 1.0) if preprocess.gray == "pil_l" else None
+    if scale is not None:
+        pixels *= np.float32(scale)
+    elif image.dtype == np.uint8:
+        pixels *= np.float32(1 / 255)
     if preprocess.channels == "rgb" and pixels.ndim == 2:
         pixels = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB), np.float32)
     if preprocess.channels == "gray" and pixels.ndim == 3 and preprocess.gray == "luma":
@@ -94,8 +95,8 @@ def prepare(image: Image, preprocess: Preprocess, spec: InputSpec) -> tuple[Floa
         factor = limit / max(height, width)
         pixels = resize(pixels, round(height * factor), round(width * factor), "area")
     pixels = resize(pixels, content[0], content[1], preprocess.interpolation)
-    if preprocess.gray == "pil_l" and preprocess.channels == "gray":
-        pixels = _pil_l(pixels)
+    if preprocess.gray == "pil_l":
+        pixels = _pil_l(pixels) if preprocess.channels == "gray" else pixels / np.float32(255)
     planes = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0)
     size = input_size(content, preprocess, spec)
     out = np.zeros((1, planes.shape[0], *size), np.float32)
@@ -104,8 +105,8 @@ def prepare(image: Image, preprocess: Preprocess, spec: InputSpec) -> tuple[Floa
 
 
 def _pil_l(pixels: Float) -> Float:
-    """Truncate to 8 bits, then luma in PIL's integer arithmetic (ITU-R 601), back to [0, 1]."""
-    bytes_ = np.clip(pixels * np.float32(255), 0, 255).astype(np.uint8)
+    """[0, 255]: truncate to 8 bits, then luma in PIL's integer arithmetic (ITU-R 601), to [0, 1]."""
+    bytes_ = np.clip(pixels, 0, 255).astype(np.uint8)
     if bytes_.ndim == 3:
         red, green, blue = (bytes_[..., channel].astype(np.uint32) for channel in range(3))
         bytes_ = ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).astype(np.uint8)

@@ -15,9 +15,11 @@ import seeded
 import torch
 from torch.nn import functional as F
 
+from matchanything_ros.bundle import InputSpec
 from matchanything_ros.errors import UserError
+from matchanything_ros.preprocess import prepare
 from matchanything_tools.checkpoints import load_strict
-from matchanything_tools.networks.eloftr import coarse, fine, network, transformer
+from matchanything_tools.networks.eloftr import coarse, fine, network, preprocessing, transformer
 from matchanything_tools.networks.eloftr.backbone import RepVGG, RepVGGBlock
 from matchanything_tools.networks.eloftr.layouts import published_keys
 from matchanything_tools.networks.eloftr.network import EfficientLoFTR, Published
@@ -85,6 +87,15 @@ def test_golden(name: str) -> None:
     index = index[valid]
     error = np.abs(conf[index[:, 0], index[:, 1]] - golden["conf_top_value"][valid])
     assert error.max() < 1e-4
+
+
+def test_demo_preprocessing() -> None:
+    """Colour images become, bit for bit, what the demo's own preprocessing makes of them."""
+    preprocess = preprocessing("demo", dynamic=False)
+    spec = InputSpec("image0", 0, *[(480, 640)] * 3)
+    for index, expected in enumerate(gray("eloftr_640x480_mask")):
+        image = cv2.cvtColor(cv2.imread(str(GOLDEN / f"coffee_{index}.png")), cv2.COLOR_BGR2RGB)
+        assert np.array_equal(prepare(image, preprocess, spec)[0], expected.numpy())
 
 
 def test_every_key_is_used_and_hugging_face_layout_loads() -> None:
