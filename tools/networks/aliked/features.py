@@ -50,7 +50,7 @@ class WholeFeatures:
         size = groups[0].shape[2:]
         full = [groups[0].float(), *(upsample(group.float(), size) for group in groups[1:])]
         lengths = torch.cat([torch.linalg.vector_norm(group, dim=1, keepdim=True) for group in full], dim=1)
-        inside = window.holds(pixel_grid(*size, groups[0].device))
+        inside = window.holds(pixel_grid(size[0], size[1], groups[0].device))
         factor = inside / torch.linalg.vector_norm(lengths, dim=1, keepdim=True).clamp(min=1e-12)
         self._groups = [group * factor for group in full]
 
