@@ -23,7 +23,7 @@ START_NS = 1_700_000_000_000_000_000
 OFFSET_NS = 4_000_000
 
 
-def make_bag(folder: Path, rate: float = 1.0) -> int:
+def make_bag(folder: Path, rate: float = 0.5) -> int:
     """Write the recording to `folder` (replaced if it exists). Returns the number of image pairs."""
     store = get_typestore(Stores.ROS2_JAZZY)
     image_type, header_type, time_type = (
@@ -59,6 +59,6 @@ def make_bag(folder: Path, rate: float = 1.0) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="recording to write")
-    parser.add_argument("--rate", type=float, default=1.0, help="frames per second (default %(default)s)")
+    parser.add_argument("--rate", type=float, default=0.5, help="frames per second (default %(default)s)")
     arguments = parser.parse_args()
     print(f"{make_bag(arguments.folder, arguments.rate)} image pairs in {arguments.folder}")

@@ -106,12 +106,10 @@ class Player(Node):
                 self._cameras[connection.topic].publish(bytes(raw))
         return count
 
-    def wait_for_answers(self, pairs: int, quiet: float = 3.0) -> None:
-        """Until every pair was answered, or nothing came for `quiet` seconds (the node skips pairs when it is busy)."""
-        last, since = -1, time.monotonic()
-        while len(self.recording.homographies) < pairs and time.monotonic() - since < quiet:
-            if len(self.recording.homographies) != last:
-                last, since = len(self.recording.homographies), time.monotonic()
+    def wait_for_last_answer(self, timeout: float = 60.0) -> None:
+        """Until the last pair was answered: a busy node skips pairs, but never the newest."""
+        end, last = time.monotonic() + timeout, max(self._sent)
+        while last not in self.recording.latencies_ms and time.monotonic() < end:
             self.spin_for(0.1)
         self.spin_for(1.2)  # the last diagnostics (1 Hz) and the last picture
 

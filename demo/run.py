@@ -66,7 +66,7 @@ def run(out: Path, rate: float) -> int:
         player.wait_for_node(node.poll)
         print(f"Playing {pairs / rate:.0f} s of images into {' and '.join(TOPICS)} ...", flush=True)
         player.play(out / "sequence")
-        player.wait_for_answers(pairs)
+        player.wait_for_last_answer()
     except UserError as error:
         print(f"demo: {error}\n{log.read_text()[-3000:]}", file=sys.stderr)
         return 1
@@ -88,7 +88,7 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("out/demo"), help="folder for the results (default %(default)s)"
     )
-    parser.add_argument("--rate", type=float, default=1.0, help="image pairs per second (default %(default)s)")
+    parser.add_argument("--rate", type=float, default=0.5, help="image pairs per second (default %(default)s)")
     arguments = parser.parse_args()
     # Read by ROS when it starts, here and in the node: a domain of its own, and nothing leaves this machine.
     os.environ.setdefault("ROS_DOMAIN_ID", str(os.getpid() % 100 + 1))
