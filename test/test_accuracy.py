@@ -19,6 +19,19 @@ MEASURED = {"aliked-n16": 0.499, "kestrel": 0.677}
 SIFT = 0.370
 
 
+def test_the_default_bundle_solves_what_sift_cannot_and_refuses_what_shares_nothing() -> None:
+    names = ("landsat5_red_nir", "naip_2009_2020", "none_tri2i_40213_17125")
+    pairs = [pair for pair in read_pairs(PAIRS) if pair.name in names]
+    with Matcher(backend="onnxruntime-cpu") as matcher:
+        red_nir, temporal, nothing = evaluate("default", matcher.match, pairs)
+    # SIFT finds no homography for either (evaluate prints it); the truth is good to 0.5 px and 1.5 px.
+    assert red_nir.status == temporal.status == "OK"
+    assert red_nir.error_accepted_px is not None and red_nir.error_accepted_px < 1.5
+    assert temporal.error_accepted_px is not None and temporal.error_accepted_px < 3
+    assert nothing.status != "OK"
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("name", sorted(path.stem for path in BUNDLES.glob("*.onnx")))
 def test_a_packaged_bundle_is_as_accurate_as_measured(name: str) -> None:
     pairs = read_pairs(PAIRS)

@@ -20,7 +20,8 @@ WEIGHTS = DATA / "weights" / "aliked-t16.pth"
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("bundle") / "small.onnx"
-    words = f"export aliked --variant t16 --weights {WEIGHTS} --size 160x192 --keypoints 300 --score-threshold 0.02 --out {out}"
+    words = f"export aliked --variant t16 --weights {WEIGHTS} --size 160x192 --keypoints 300 --out {out}"
+    words += " --score-threshold 0.02"
     assert main(words.split()) == 0
     return out
 
