@@ -6,7 +6,7 @@ INPUTS := pyproject.toml setup.py CMakeLists.txt package.xml $(wildcard msg/*.ms
 export OMP_NUM_THREADS ?= 2
 # Tests: the setters of messages check every value (Humble always does), and no message leaves this machine.
 TEST_ENV := ROS_PYTHON_CHECK_FIELDS=1 ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST
-PYTEST := $(TEST_ENV) $(BIN)/pytest
+PYTEST := $(TEST_ENV) $(BIN)/pytest --durations 12
 say = @printf '\n== %s\n' "$(1)"
 
 .PHONY: help demo venv lint test test-full test-gpu colcon clean
