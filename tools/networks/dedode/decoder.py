@@ -84,11 +84,41 @@ class Decoder(nn.Module):
             carry[str(stride)] = _conv1x1(reads @ weight, reads @ bias)
             self.refiner(finer).block1[0] = _conv1x1(first.weight[:, : -len(bias), 0, 0], first.bias)
         for stride in self.strides:
+            for block in self.refiner(stride).hidden_blocks:
+                shift_bias(block)
             out = self.refiner(stride).out_conv
             assert out.bias is not None
             kept = _conv1x1(out.weight[: self.predictions, :, 0, 0], out.bias[: self.predictions])
             self.refiner(stride).out_conv = kept
         self.carry = nn.ModuleDict(carry)
+
+
+class AtLeast(nn.Module):
+    """Maximum of each channel and a constant of its own."""
+
+    def __init__(self, least: Tensor) -> None:
+        """least: [C]."""
+        super().__init__()
+        self.least = nn.Parameter(least[:, None, None].clone(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.maximum(x, self.least)
+
+
+@torch.no_grad()
+def shift_bias(block: nn.Sequential) -> None:
+    """Take the bias out of a depthwise convolution that is followed by (identity,) ReLU and a 1x1 convolution.
+
+    W relu(x + b) + c = W max(x, -b) + (W b + c): equal, and one operation less. cuDNN's fast depthwise kernels add no
+    bias: with one, it takes a kernel three times as slow, or another pass over the map.
+    """
+    depthwise, mix = block[0], block[3]
+    assert isinstance(depthwise, nn.Conv2d) and isinstance(mix, nn.Conv2d) and isinstance(block[2], nn.ReLU)
+    assert depthwise.bias is not None and mix.bias is not None
+    bias = depthwise.bias
+    mix.bias.add_((mix.weight[:, :, 0, 0].double() @ bias.double()).to(mix.bias.dtype))
+    block[2] = AtLeast(-bias)
+    depthwise.bias = None
 
 
 def resize(x: Tensor, like: Tensor, mode: str) -> Tensor:
