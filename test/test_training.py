@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -22,6 +23,15 @@ from matchanything_tools.training.sensors import sense
 
 TINY = Config(steps=6, phases=[Phase(0.5, 64, 64, 2), Phase(1.0, 64, 96, 2)], fine_matches=16, log_every=2,
               checkpoint_every=3, compile=False, seed=3)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost more than these small tensors."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +119,20 @@ def test_sensors_keep_range_and_stay_natural_when_told() -> None:
 
 
 def test_the_loss_falls_on_ten_images(photos: Photographs) -> None:
-    config = Config(steps=400, phases=[Phase(1.0, 64, 64, 4)], warmup_steps=5, compile=False, fine_matches=24,
-                    hardest_start=0.2, easiest=0.1, hardest_full=1.0)  # fmt: skip
+    config = Config(
+        steps=1000,
+        phases=[Phase(1.0, 64, 64, 2)],
+        warmup_steps=5,
+        compile=False,
+        fine_matches=24,
+        easiest=0.1,
+        hardest_start=0.2,
+        hardest_full=1.0,
+    )
     trainer = Trainer(config, photos, torch.device("cpu"))
-    history = [trainer.advance()["loss"].item() for _ in range(16)]
-    assert np.mean(history[-4:]) < 0.75 * np.mean(history[:2])
+    history = [{name: value.item() for name, value in trainer.advance().items()} for _ in range(50)]
+    for name, share in (("loss", 0.8), ("window_ce", 0.7), ("patch_ce", 0.8)):  # seeds 1 and 2: .47, .39, .60
+        assert np.mean([row[name] for row in history[-15:]]) < share * np.mean([row[name] for row in history[:5]]), name
 
 
 def test_resuming_equals_not_stopping(photos: Photographs, tmp_path: Path) -> None:
