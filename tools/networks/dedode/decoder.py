@@ -106,12 +106,13 @@ class AtLeast(nn.Module):
 
 
 @torch.no_grad()
-def shift_bias(block: nn.Sequential) -> None:
+def shift_bias(block: nn.Module) -> None:
     """Take the bias out of a depthwise convolution that is followed by (identity,) ReLU and a 1x1 convolution.
 
     W relu(x + b) + c = W max(x, -b) + (W b + c): equal, and one operation less. cuDNN's fast depthwise kernels add no
     bias: with one, it takes a kernel three times as slow, or another pass over the map.
     """
+    assert isinstance(block, nn.Sequential)
     depthwise, mix = block[0], block[3]
     assert isinstance(depthwise, nn.Conv2d) and isinstance(mix, nn.Conv2d) and isinstance(block[2], nn.ReLU)
     assert depthwise.bias is not None and mix.bias is not None
