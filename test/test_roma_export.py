@@ -110,7 +110,7 @@ def test_manifest_says_what_is_in(golden_bundle: Bundle) -> None:
     json.loads(golden_bundle.onnx.with_suffix(".json").read_text())
 
 
-@pytest.mark.parametrize("which", ["golden_bundle", "half_bundle"])
+@pytest.mark.parametrize("which", ["half_bundle", pytest.param("golden_bundle", marks=pytest.mark.full)])
 def test_tensorrt_builds(which: str, request: pytest.FixtureRequest) -> None:
     pytest.importorskip("tensorrt_rtx_bindings")
     from matchanything_ros.engines.builder import build_engine

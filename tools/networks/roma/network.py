@@ -79,7 +79,7 @@ class Roma(nn.Module):
             if int(stride) < self.finest:
                 del self.decoder.conv_refiner[stride], self.decoder.proj[stride]
                 continue
-            refiner.pad()
+            refiner.bake()
             for part in (refiner.disp_emb, refiner.block1, refiner.hidden_blocks):
                 part.to(dtype)
         return self
