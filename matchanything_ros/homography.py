@@ -23,6 +23,8 @@ Matrix = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 MIN_SIGNIFICANCE = 6.0  # one false alarm in a million pairs if keypoints were spread evenly; they cluster (see below)
+ROUNDS = 2  # of the refit, the first at the threshold's scale
+TUNING = 4.685  # sigmas: the customary scale of a redescending weight, 95 % as precise as least squares on pure noise
 MIN_MATCHES = 8  # four fix a homography; as many again must agree with it before it says anything
 
 
@@ -134,17 +136,40 @@ def refine_homography(
     points0: npt.NDArray[np.float64],
     points1: npt.NDArray[np.float64],
     threshold_px: float,
+) -> Matrix:
+    """Gauss-Newton over all matches with Geman-McClure weights 1 / (1 + (r / c)^2)^2.
+
+    A hypothesis from RANSAC stands on few points; this one stands on all of them, each by how well it agrees. First
+    with c = 2/3 of the threshold, then with c as the residuals themselves say: where matches are precise, a bend of
+    less than the threshold that many of them show must not pass as noise (corners outside of the overlap follow it).
+    """
+    scale = 2 / 3 * threshold_px
+    for _ in range(ROUNDS):
+        matrix = _descend(matrix, points0, points1, scale)
+        error = transfer_error(matrix, points0, points1)
+        near = error[error <= threshold_px]
+        if len(near) < MIN_MATCHES:
+            break
+        # the median of Rayleigh-distributed distances is 1.1774 sigma; 0.1 px: no detector is better
+        scale = min(scale, max(TUNING / 1.1774 * float(np.median(near)), 0.1))
+    return matrix
+
+
+def _descend(
+    matrix: Matrix,
+    points0: npt.NDArray[np.float64],
+    points1: npt.NDArray[np.float64],
+    scale_px: float,
     iterations: int = 12,
 ) -> Matrix:
-    """Gauss-Newton over all matches with Geman-McClure weights 1 / (1 + (r / c)^2)^2, c = 2/3 of the threshold.
+    """Gauss-Newton at one scale c, in normalised coordinates (Hartley, PAMI 1997).
 
-    A hypothesis from RANSAC stands on few points; this one stands on all of them, each by how well it agrees. Runs in
-    normalised coordinates (Hartley, PAMI 1997). Returns the given matrix if the robust cost does not fall.
+    Returns the given matrix if the robust cost does not fall.
     """
     t0, t1 = _normaliser(points0), _normaliser(points1)
     normal0 = points0 * t0[0, 0] + t0[:2, 2]
     normal1 = points1 * t1[0, 0] + t1[:2, 2]
-    scale = 2 / 3 * threshold_px * t1[0, 0]
+    scale = scale_px * t1[0, 0]
     h = t1 @ matrix @ np.linalg.inv(t0)
     if abs(h[2, 2]) < 1e-12:
         return matrix
