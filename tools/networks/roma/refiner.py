@@ -58,8 +58,10 @@ class ConvRefiner(nn.Module):
             weight = self._insert(weight, 1, extra)
             block[3] = _conv(weight, own + weight[:, :, 0, 0] @ bias)
         self.out_conv = _conv(self._insert(self.out_conv.weight, 1, extra), self.out_conv.bias)
-        weight, bias = self.disp_emb.weight, self.disp_emb.bias
-        self.disp_emb = _conv(torch.cat((weight, weight.new_zeros(extra, 2, 1, 1))), F.pad(bias, (0, extra)))
+        embedding = self.disp_emb
+        assert embedding.bias is not None
+        more = embedding.weight.new_zeros(extra, 2, 1, 1)
+        self.disp_emb = _conv(torch.cat((embedding.weight, more)), F.pad(embedding.bias, (0, extra)))
         return self
 
     def _insert(self, tensor: torch.Tensor, axis: int, count: int) -> torch.Tensor:
