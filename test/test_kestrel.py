@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from matchanything_ros.bundle import BUNDLES, load_bundle
+from matchanything_ros.bundle import BUNDLES, load_bundle, sha256_of
+from matchanything_ros.cli import main
 from matchanything_ros.homography import Status, estimate_homography
 from matchanything_ros.matcher import Matcher
 from matchanything_tools.export import Exportable, export, golden_pair
+from matchanything_tools.networks.kestrel import load
 from matchanything_tools.networks.kestrel.affine import local_affine
 from matchanything_tools.networks.kestrel.blocks import fuse, upsample
 from matchanything_tools.networks.kestrel.matching import KestrelMatcher, dual_softmax
@@ -140,3 +143,20 @@ def test_the_bundle_matches_across_a_change_of_everything_and_refuses_noise() ->
     found, expected = estimate.matrix @ corners, truth @ corners
     assert np.abs(found[:2] / found[2] - expected[:2]).max() < 1.0  # sub-pixel although a cell is 4 px of these images
     assert len(strangers) < 8
+
+
+@pytest.mark.full  # half a minute on an idle machine
+def test_tensorrt_builds_the_bundle_with_its_range_of_sizes(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings")
+    for suffix in (".onnx", ".json", ".golden.npz"):
+        shutil.copy(BUNDLE.with_suffix(suffix), tmp_path)
+    assert main(["build", str(tmp_path / "kestrel.onnx"), "--target", "sm_86"]) == 0
+    assert list(tmp_path.glob("*.plan"))
+
+
+def test_the_shipped_weights_are_those_of_the_bundle() -> None:
+    """Who needs a fixed size or fp32 exports them again: they must be the ones that were measured."""
+    manifest = load_bundle(BUNDLE).manifest
+    weights = BUNDLE.with_suffix(".pt")
+    assert sha256_of(weights) == manifest.weights[0].sha256
+    assert 4e6 < sum(p.numel() for p in load(weights).parameters()) < 8e6

@@ -31,26 +31,24 @@ def local_affine(points: Tensor, confidence: Tensor, shape: tuple[int, int] | to
     area = NEIGHBOURS * NEIGHBOURS
     local = F.avg_pool2d(grid, NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=True) * area
     local = local.reshape(12, -1).transpose(0, 1)
-    everywhere = _moments(weighted.sum(0, keepdim=True))
-    scatter, cross = _moments(local)
-    whole = _solve(everywhere[0] + torch.eye(2, device=x.device), everywhere[1])
-    prior = PRIOR * confidence.amax(0).clamp(min=1e-6) * torch.eye(2, device=x.device)
-    return _solve(scatter + prior, cross + whole @ prior)
+    (whole_scatter, whole_cross), (scatter, cross) = _moments(weighted.sum(0, keepdim=True)), _moments(local)
+    whole = _solve(whole_scatter, whole_cross, torch.ones_like(total))
+    prior = PRIOR * confidence.amax(0).clamp(min=1e-6)
+    return _solve(scatter, cross + whole * prior, prior).reshape(-1, 2, 2)
 
 
 def _moments(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums [N, 12] -> scatter of x [N, 2, 2] and cross scatter of u and x [N, 2, 2], about the weighted means."""
+    """Sums [N, 12] -> scatter of x as xx, xy, yy [N, 3] and of u with x as ux, uy, vx, vy [N, 4], about the means."""
     weight = sums[:, :1].clamp(min=1e-6)
-    xx = sums[:, 5:7] - sums[:, 1:3] * sums[:, 1:3] / weight
-    xy = sums[:, 7:8] - sums[:, 1:2] * sums[:, 2:3] / weight
-    ux = sums[:, 8:10] - sums[:, 1:3] * sums[:, 3:4] / weight
-    vx = sums[:, 10:12] - sums[:, 1:3] * sums[:, 4:5] / weight
-    scatter = torch.cat((xx[:, :1], xy, xy, xx[:, 1:]), 1).reshape(-1, 2, 2)
-    return scatter, torch.cat((ux, vx), 1).reshape(-1, 2, 2)
+    x, y, u, v = (sums[:, k : k + 1] for k in (1, 2, 3, 4))
+    squares = torch.cat((sums[:, 5:6], sums[:, 7:8], sums[:, 6:7]), 1)
+    scatter = squares - torch.cat((x * x, x * y, y * y), 1) / weight
+    return scatter, sums[:, 8:12] - torch.cat((u * x, u * y, v * x, v * y), 1) / weight
 
 
-def _solve(scatter: Tensor, cross: Tensor) -> Tensor:
-    """cross @ inverse(scatter) for symmetric positive definite 2x2 matrices."""
-    a, b, d = scatter[:, 0, 0], scatter[:, 0, 1], scatter[:, 1, 1]
-    adjoint = torch.stack((d, -b, -b, a), 1).reshape(-1, 2, 2)
-    return cross @ adjoint / (a * d - b * b).clamp(min=1e-6)[:, None, None]
+def _solve(scatter: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
+    """cross @ inverse(scatter + ridge), row by row [N, 4]; written out: TensorRT fails on products of 2x2 matrices."""
+    a, b, d = scatter[:, 0:1] + ridge, scatter[:, 1:2], scatter[:, 2:3] + ridge
+    first, second = cross[:, 0::2], cross[:, 1::2]  # ux, vx and uy, vy
+    solved = torch.stack((first * d - second * b, second * a - first * b), 2)
+    return solved.flatten(1) / (a * d - b * b).clamp(min=1e-6)

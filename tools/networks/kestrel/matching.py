@@ -70,7 +70,7 @@ class KestrelMatcher(nn.Module):
         for _ in range(self.rounds):
             patch1 = network.patch.sample(features1.detail, points1[None], step1[None])
             shift, _, _ = network.patch.compare(patch0, patch1, affine[None])
-            points1 = points1 + (step1 @ shift[0, :, :, None])[:, :, 0]
+            points1 = points1 + (step1 * shift[0, :, None]).sum(2)
         return points1
 
 

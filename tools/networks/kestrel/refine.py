@@ -117,7 +117,8 @@ class PatchRefiner(nn.Module):
 
     def sample(self, detail: Tensor, points: Tensor, step: Tensor) -> Tensor:
         """Features [B, M, 49, c] at points + step @ grid; step [B, M, 2, 2] px per patch step."""
-        at = points[:, :, None] + torch.einsum("bmij,kj->bmki", step, self.grid.float())  # [B, M, 49, 2] px
+        x, y = self.grid.float()[:, :1], self.grid.float()[:, 1:]
+        at = points[:, :, None] + x * step[:, :, None, :, 0] + y * step[:, :, None, :, 1]  # [B, M, 49, 2] px
         size = torch.tensor([detail.shape[3] * 2.0, detail.shape[2] * 2.0], device=detail.device)
         patch = F.grid_sample(detail.float(), (at + 0.5) / size * 2 - 1, align_corners=False)
         return patch.permute(0, 2, 3, 1)
