@@ -155,4 +155,4 @@ def test_parameters_that_change_at_run_time_do(client: Client, now: float) -> No
     assert 20 < len(points.scores) < 80 and min(points.scores) >= np.float32(0.8)
     assert client.set(score_threshold=-1.0, min_significance=1000.0) == ""
     assert client.match(now + 2, GRAY, GRAY)[1].status == Homography.NOT_SIGNIFICANT
-    assert client.set(min_significance=6.0) == ""
+    assert client.set(min_significance=10.0) == ""
