@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from matchanything_ros import cli
-from matchanything_ros.bundle import DEFAULT_BUNDLE, load_bundle
+from matchanything_ros.bundle import load_bundle
 from matchanything_ros.engines import open_engine
 from matchanything_ros.errors import UserError
 from matchanything_ros.matcher import Matcher
@@ -31,6 +31,7 @@ from matchanything_tools.networks.sampling import sample
 
 DATA = Path(__file__).parent / "data"
 WEIGHTS = DATA / "weights"
+NAME = "aliked-n16"  # the bundle in the package
 
 
 def image() -> torch.Tensor:
@@ -151,9 +152,9 @@ def test_features_are_zero_outside_of_the_image(reader: FeatureReader) -> None:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default bundle, exported again with the command that its manifest notes."""
+    """The packaged bundle, exported again with the command that its manifest notes."""
     out = tmp_path_factory.mktemp("aliked") / "aliked-n16.onnx"
-    words = load_bundle().manifest.exporter["command"].split()[1:]
+    words = load_bundle(NAME).manifest.exporter["command"].split()[1:]
     words[words.index("--weights") + 1] = str(WEIGHTS / "aliked-n16.pth")
     assert cli.main([*words, "--out", str(out)]) == 0
     return out
@@ -161,7 +162,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_packaged_bundle_is_what_the_code_exports(exported: Path) -> None:
     """The same function: equal matches on a golden pair and on images of other, odd sizes."""
-    shipped, made = load_bundle(), load_bundle(exported)
+    shipped, made = load_bundle(NAME), load_bundle(exported)
     assert shipped.manifest.weights == made.manifest.weights and shipped.manifest.inputs == made.manifest.inputs
     assert shipped.manifest.preprocess == made.manifest.preprocess
     engines = [open_engine(bundle, "onnxruntime-cpu") for bundle in (shipped, made)]
@@ -189,7 +190,7 @@ def as_matches(outputs: dict[str, np.ndarray]) -> dict[tuple[float, ...], float]
 
 def test_onnx_equals_pytorch_network() -> None:
     """The shipped bundle against the golden result that the PyTorch network gave when it was exported."""
-    bundle = load_bundle()
+    bundle = load_bundle(NAME)
     golden = np.load(bundle.golden)
     inputs = {
         spec.name: prepare(golden[spec.name], bundle.manifest.preprocess, spec)[0] for spec in bundle.manifest.inputs
@@ -206,7 +207,7 @@ def test_matcher_finds_the_true_matches() -> None:
     truth = np.load(DATA / "golden" / "coffee_homography.npz")
     matrix = truth[truth.files[0]]
     images = [cv2.imread(str(DATA / "golden" / f"coffee_{i}.png"))[..., ::-1].copy() for i in (0, 1)]
-    with Matcher(backend="onnxruntime-cpu") as matcher:
+    with Matcher(NAME, backend="onnxruntime-cpu") as matcher:
         matches = matcher.match(*images)
         nothing = matcher.match(np.zeros((100, 120, 3), np.uint8), images[1])
     mapped = cv2.perspectiveTransform(matches.keypoints0[None], matrix)[0]
@@ -222,7 +223,7 @@ def test_tensorrt_builds_the_bundle() -> None:
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
     from matchanything_tools.make_plan import build_engine
 
-    built = build_engine(load_bundle(DEFAULT_BUNDLE), target="sm_86")
+    built = build_engine(load_bundle(NAME), target="sm_86")
     assert built.profile["image0"][2] == (640, 640)
 
 
