@@ -95,3 +95,16 @@ def add_function_bodies(model: onnx_ir.Model) -> None:
         assert isinstance(function, onnx_ir.Function)
         model.functions[function.identifier()] = function
         model.opset_imports.setdefault(_DOMAIN, 1)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the exact (erf) GELU between them, four times as wide inside; the ViT's key names."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., width] -> [..., width]."""
+        return self.fc2(F.gelu(self.fc1(x)))

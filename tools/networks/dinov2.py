@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from matchanything_tools.networks.attention import SelfAttention
+from matchanything_tools.networks.attention import Mlp, SelfAttention
 
 PATCH = 14
 WIDTH, DEPTH, HEADS = 1024, 24, 16
@@ -82,16 +82,6 @@ class _LayerScale(nn.Module):
         return x * self.gamma
 
 
-class _Mlp(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(WIDTH, 4 * WIDTH)
-        self.fc2 = nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class _Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +89,7 @@ class _Block(nn.Module):
         self.attn = SelfAttention(WIDTH, HEADS, bias=True)
         self.ls1 = _LayerScale()
         self.norm2 = nn.LayerNorm(WIDTH, eps=1e-6)
-        self.mlp = _Mlp()
+        self.mlp = Mlp(WIDTH)
         self.ls2 = _LayerScale()
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from matchanything_tools.networks.attention import SelfAttention
+from matchanything_tools.networks.attention import Mlp, SelfAttention
 from matchanything_tools.networks.roma.grids import pixel_grid
 
 WIDTH, HEADS, DEPTH = 1024, 8, 5
@@ -48,23 +48,13 @@ def decode_anchors(logits: torch.Tensor) -> torch.Tensor:
     return (weights[..., None] * F.embedding(index, table)).sum(2) / weights.sum(2, keepdim=True)
 
 
-class _Mlp(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(WIDTH, 4 * WIDTH)
-        self.fc2 = nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class _Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(WIDTH)
         self.attn = SelfAttention(WIDTH, HEADS, bias=False)
         self.norm2 = nn.LayerNorm(WIDTH)
-        self.mlp = _Mlp()
+        self.mlp = Mlp(WIDTH)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attn(self.norm1(x))
