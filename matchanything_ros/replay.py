@@ -14,7 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from matchanything_ros import report
+from matchanything_ros.answer import Answer
 from matchanything_ros.bagplayer import BagPlayer
 from matchanything_ros.bags import McapRecording, image_connections, images, open_bag
 from matchanything_ros.errors import UserError
@@ -27,7 +31,7 @@ from matchanything_ros.outputs import new_folder
 from matchanything_ros.pairing import Pairing
 from matchanything_ros.progress import Progress
 from matchanything_ros.report import PairRecord
-from matchanything_ros.viz import encode_jpeg
+from matchanything_ros.viz import draw_dense, encode_jpeg
 
 STAGES = ("decode", "preprocess", "network", "postprocess", "homography")
 
@@ -114,13 +118,23 @@ def write_results(folder: Path, args: argparse.Namespace, matcher: Matcher, repl
         write_csv(file, replay.records)
     document = {**facts, **report.summarise(replay.records), **configuration, "versions": report.versions()}
     (folder / "summary.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    figures = [
-        report.Figure(f"{name} {kept.caption}", encode_jpeg(kept.answer.picture()))
-        for name, heap in (("Most inliers:", replay.best), ("Fewest inliers:", replay.worst))
-        for kept in sorted(heap, reverse=True)
-    ]
+    figures = []
+    for name, heap in (("Most inliers:", replay.best), ("Fewest inliers:", replay.worst)):
+        for kept in sorted(heap, reverse=True):
+            figures.append(report.Figure(f"{name} {kept.caption}", encode_jpeg(kept.answer.picture())))
+            if manifest.dense:
+                caption = f"Warp and certainty of {kept.caption}"
+                figures.append(report.Figure(caption, encode_jpeg(dense_picture(matcher, kept.answer))))
     title = f"{args.bag.name}: {args.image0} and {args.image1}"
     report.write_report(folder / "report.html", title, replay.records, replay.drops, facts, configuration, figures)
+
+
+def dense_picture(matcher: Matcher, answered: Answer) -> npt.NDArray[np.uint8]:
+    """Warp and certainty of a pair that was matched: again, since nobody keeps megabytes for every pair."""
+    image0, image1 = answered.images
+    matches = matcher.match(image0, image1, dense=True)
+    assert matches.warp is not None and matches.cert is not None
+    return draw_dense(image0, image1, matches.warp, matches.cert)
 
 
 def write_csv(file: Any, records: list[PairRecord]) -> None:

@@ -12,8 +12,12 @@ import seeded
 import torch
 import torch.nn.functional as F
 
+from matchanything_ros.bundle import Preprocess
+from matchanything_tools.export import Exportable, fixed_input
+from matchanything_tools.networks.roma import RomaMatcher
 from matchanything_tools.networks.roma.network import Roma
 
+SIDE_COARSE, SIDE = 112, 128  # of the shallow network's two passes
 GOLDEN = Path(__file__).parent / "data" / "golden"
 # Every how many pixels the golden maps of flow and certainty are stored, by stride of the refiner.
 STEPS = {"small": {16: 1, 8: 1, 4: 1, 2: 2, 1: 4}, "560_864": {16: 1, 8: 1, 4: 2, 2: 4, 1: 8}}
@@ -37,6 +41,24 @@ def shallow(finest: int = 1) -> Roma:
     roma.dinov2.blocks = roma.dinov2.blocks[:1]
     roma.decoder.embedding_decoder.blocks = roma.decoder.embedding_decoder.blocks[:1]
     return roma
+
+
+def shallow_item(dtype: torch.dtype) -> Exportable:
+    """A network of every operator and little depth, in two passes."""
+    module = RomaMatcher(shallow().bake(SIDE_COARSE, SIDE_COARSE, dtype), 1000, dense=True, normalize=False)
+    sizes = {"image0": SIDE, "image1": SIDE, "image0_coarse": SIDE_COARSE, "image1_coarse": SIDE_COARSE}
+    return Exportable(
+        family="roma",
+        variant="shallow",
+        module=module,
+        inputs=tuple(fixed_input(name, int(name[5]), (side, side)) for name, side in sizes.items()),
+        preprocess=Preprocess(interpolation="bicubic_antialias"),
+        outputs=("keypoints0", "keypoints1", "scores", "warp", "cert"),
+        max_matches=1000,
+        score_threshold=0.05,
+        weights=(),
+        precision="fp16" if dtype == torch.float16 else "fp32",
+    )
 
 
 def pictures() -> list[npt.NDArray[np.uint8]]:

@@ -7,48 +7,31 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import pytest
 import roma_case
 import seeded
 import torch
+from recordings import TOPICS, record
+from roma_case import SIDE
 
-from matchanything_ros.bundle import Bundle, Preprocess, load_bundle
+from matchanything_ros.bundle import Bundle, load_bundle
 from matchanything_ros.cli import main
 from matchanything_ros.engines import open_engine
 from matchanything_ros.matcher import Matcher
-from matchanything_tools.export import Exportable, export, fixed_input
 from matchanything_tools.networks.roma import RomaMatcher
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 COARSE, FINE = 224, 320  # of the golden result
-SIDE_COARSE, SIDE = 112, 128  # of the shallow network
 
 
 def pair(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> Arrays:
     """Inputs of the shallow network from two images [3, 128, 128]; the first pass sees all but the last 16."""
-    cut = slice(SIDE_COARSE)
+    cut = slice(roma_case.SIDE_COARSE)
     images = {"image0": first[None], "image1": second[None]}
     return images | {f"{name}_coarse": np.ascontiguousarray(image[..., cut, cut]) for name, image in images.items()}
-
-
-def shallow_item(dtype: torch.dtype) -> Exportable:
-    """A network of every operator and little depth, in two passes."""
-    module = RomaMatcher(roma_case.shallow().bake(SIDE_COARSE, SIDE_COARSE, dtype), 1000, dense=True, normalize=False)
-    sizes = {"image0": SIDE, "image1": SIDE, "image0_coarse": SIDE_COARSE, "image1_coarse": SIDE_COARSE}
-    return Exportable(
-        family="roma",
-        variant="shallow",
-        module=module,
-        inputs=tuple(fixed_input(name, int(name[5]), (side, side)) for name, side in sizes.items()),
-        preprocess=Preprocess(interpolation="bicubic_antialias"),
-        outputs=("keypoints0", "keypoints1", "scores", "warp", "cert"),
-        max_matches=1000,
-        score_threshold=0.05,
-        weights=(),
-        precision="fp16" if dtype == torch.float16 else "fp32",
-    )
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +55,6 @@ def golden_bundle(checkpoints: tuple[Path, Path], tmp_path_factory: pytest.TempP
     assert main([*words, "--coarse", str(COARSE), "--upsample", str(FINE), "--out", str(folder / "roma.onnx")]) == 0
     yield load_bundle(folder / "roma.onnx", verify=False)
     shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def half_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export(shallow_item(torch.float16), tmp_path_factory.mktemp("half") / "roma.onnx")
 
 
 def test_onnx_runtime_equals_the_original(golden_bundle: Bundle) -> None:
@@ -110,7 +88,7 @@ def test_manifest_says_what_is_in(golden_bundle: Bundle) -> None:
     json.loads(golden_bundle.onnx.with_suffix(".json").read_text())
 
 
-@pytest.mark.parametrize("which", ["half_bundle", pytest.param("golden_bundle", marks=pytest.mark.full)])
+@pytest.mark.parametrize("which", ["shallow_roma", pytest.param("golden_bundle", marks=pytest.mark.full)])
 def test_tensorrt_builds(which: str, request: pytest.FixtureRequest) -> None:
     pytest.importorskip("tensorrt_rtx_bindings")
     from matchanything_ros.engines.builder import build_engine
@@ -120,14 +98,14 @@ def test_tensorrt_builds(which: str, request: pytest.FixtureRequest) -> None:
     assert memoryview(built.data).nbytes > 100 << 20  # the weights are in
 
 
-def test_half_precision_is_close_and_finite(half_bundle: Bundle) -> None:
+def test_half_precision_is_close_and_finite(shallow_roma: Bundle) -> None:
     first, second = roma_case.batch(SIDE).numpy()
     with torch.inference_mode():
-        item = shallow_item(torch.float32)
+        item = roma_case.shallow_item(torch.float32)
         inputs = pair(first, second)
         exact = item.module(*(torch.from_numpy(inputs[spec.name]) for spec in item.inputs))
     wanted, certainty = (x[0].movedim(0, -1).numpy() for x in exact[3:])
-    engine = open_engine(half_bundle, "onnxruntime-cpu")
+    engine = open_engine(shallow_roma, "onnxruntime-cpu")
     found = engine.run(inputs)
     error = roma_case.pixel_error(np.moveaxis(found["warp"][0], 0, 2), wanted, SIDE)[certainty[..., 0] > 0.05]
     # Of random weights and little depth, whose near ties between anchors fp16 may decide otherwise: the typical pixel
@@ -148,6 +126,27 @@ def test_half_precision_is_close_and_finite(half_bundle: Bundle) -> None:
         assert all(np.isfinite(value).all() for value in outputs.values()), name
         assert outputs["keypoints0"].min() >= -0.5 and outputs["keypoints0"].max() <= SIDE - 0.5, name
     engine.close()
+
+
+def test_match_and_replay_show_warp_and_certainty(shallow_roma: Bundle, tmp_path: Path) -> None:
+    """The commands on a dense bundle of several inputs: files, and pictures in the report."""
+    files = [roma_case.GOLDEN / f"coffee_{i}.png" for i in (0, 1)]
+    flags = ["--bundle", str(shallow_roma.onnx), "--backend", "onnxruntime-cpu"]
+    assert main(["match", *map(str, files), *flags, "--dense", "--out", str(tmp_path / "match")]) == 0
+    with np.load(tmp_path / "match" / "dense.npz") as dense, np.load(tmp_path / "match" / "matches.npz") as sparse:
+        assert dense["warp"].shape == (4, SIDE, 2 * SIDE) and dense["cert"].shape == (SIDE, 2 * SIDE)
+        assert np.isfinite(dense["warp"]).all() and np.ptp(dense["cert"]) > 0.1
+        assert len(sparse["scores"]) > 100
+    assert cv2.imread(str(tmp_path / "match" / "dense.jpg")).shape[1] >= 1200
+
+    frames = [(camera, 0, image) for camera, image in enumerate(roma_case.pictures())]
+    bag = record(tmp_path / "bag", "mcap", frames)
+    topics = ["--image0", TOPICS[0], "--image1", TOPICS[1]]
+    assert main(["replay", str(bag), *topics, *flags, "--out", str(tmp_path / "replay")]) == 0
+    report = (tmp_path / "replay" / "report.html").read_text()
+    # One pair is the best and the worst: each time its matches, then its warp.
+    assert report.count("data:image/jpeg;base64,") == 4
+    assert report.count("<figcaption>Warp and certainty of pair 1") == 2
 
 
 @pytest.mark.full
