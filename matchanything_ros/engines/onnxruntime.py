@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from matchanything_ros.bundle import Bundle
+from matchanything_ros.engines.widen import widen
 from matchanything_ros.errors import UserError
 
 Arrays = dict[str, npt.NDArray[np.float32]]
+WITHOUT_HALF = ("x86_64", "AMD64")  # machines on which ONNX Runtime has no fp16 kernels (on 64-bit ARM it has)
 
 
 class OnnxRuntimeEngine:
@@ -132,11 +135,15 @@ class OnnxRuntimeEngine:
         threads = os.environ.get("OMP_NUM_THREADS", "")
         if threads.isdigit():
             options.intra_op_num_threads = int(threads)
+        on_cpu = providers == ["CPUExecutionProvider"]
         # MatMul + Add as one Gemm first writes the bias to the whole output with a slow kernel; Add alone is faster.
-        unwanted = [] if providers == ["CPUExecutionProvider"] else ["MatMulAddFusion"]
+        unwanted = [] if on_cpu else ["MatMulAddFusion"]
+        model: bytes | None = None
+        if on_cpu and self.bundle.manifest.precision == "fp16" and platform.machine() in WITHOUT_HALF:
+            model = widen(self.bundle.onnx.read_bytes())
         try:
             return self._ort.InferenceSession(
-                str(self.bundle.onnx),
+                model or str(self.bundle.onnx),
                 options,
                 providers=providers,
                 disabled_optimizers=unwanted,
