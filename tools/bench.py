@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=MODES,
         default=[],
-        help="the PyTorch network: as its authors run it (original), in autocast to fp16, as exported, in a CUDA graph",
+        help="the PyTorch network: in the precision its authors run it in (original), or as exported (pytorch), and how",
     )
     parser.add_argument("--weights", type=Path, nargs="+", default=[], help="checkpoints, for --against")
     parser.add_argument("--images", type=Path, nargs=2, metavar="FILE", help="default: drawn, in the network's size")

@@ -23,7 +23,7 @@ Times = dict[str, float]
 # How the authors run their network on a GPU: RoMa and DeDoDe under autocast to fp16, ALIKED and ELoFTR (FP16=False in
 # the published configuration) in fp32.
 AUTOCAST = {"roma", "dedode"}
-MODES = ("original", "original-autocast", "pytorch", "pytorch-graph")
+MODES = ("original", "original-autocast", "original-compiled", "pytorch", "pytorch-graph", "pytorch-compiled")
 
 
 class Contender(Protocol):
@@ -59,8 +59,9 @@ class TorchContender:
     """The PyTorch network of a bundle, on the GPU if there is one.
 
     mode: "original" (in the precision in which its authors run it), "original-autocast" (fp32 weights under autocast to
-    fp16), "pytorch" (the module that was exported, in the bundle's precision) or "pytorch-graph" (that, captured in a
-    CUDA graph). All but the first two are our own arrangement of the network, run without ONNX.
+    fp16) or "pytorch" (in the bundle's precision); with "-graph", captured in a CUDA graph; with "-compiled", through
+    torch.compile in its mode for low latency (inductor's own kernels, captured in CUDA graphs where they can be), for
+    which the first pair takes minutes. All are our own arrangement of the network, run without ONNX.
     """
 
     def __init__(self, bundle: Bundle, weights: list[Path], mode: str) -> None:
@@ -76,6 +77,8 @@ class TorchContender:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._autocast = mode == "original-autocast" or (mode == "original" and self._item.family in AUTOCAST)
         self._module: Any = self._item.module.eval().to(self._device)
+        if mode.endswith("-compiled"):
+            self._module = torch.compile(self._module, dynamic=False, mode="reduce-overhead")
         self._captured: tuple[Any, list[Any], Any] | None = None
         self._capture = mode == "pytorch-graph" and self._device.type == "cuda"
 
