@@ -108,7 +108,7 @@ def test_suppression_and_selection_by_hand() -> None:
     order = np.argsort(-values[rows, columns])
     best, pixels = select(suppress(scores), 40)
     assert np.array_equal(best[0].numpy(), values[rows, columns][order[:40]])
-    assert np.array_equal(pixels[0].numpy(), np.stack((columns, rows), axis=1)[order[:40]])
+    assert np.array_equal(pixels[0].numpy(), (rows * values.shape[1] + columns)[order[:40]])
     best, _ = select(suppress(scores), 500)  # more than there are maxima, and than there are blocks
     assert (best[0] > 0).sum() == kept.sum() and (best[0, kept.sum() :] == 0).all()
 
@@ -124,7 +124,7 @@ def test_threshold_falls_back_to_the_mean() -> None:
 
 def test_subpixel_by_hand() -> None:
     scores = score_map()
-    found = refine(scores, torch.tensor([[[10, 7], [50, 38]]]))[0].numpy()
+    found = refine(scores, torch.tensor([[7 * 53 + 10, 38 * 53 + 50]]))[0].numpy()
     for (x, y), position in zip(((10, 7), (50, 38)), found, strict=True):
         window = scores[0, 0, y - 2 : y + 3, x - 2 : x + 3].numpy().astype(float)
         weight = np.exp((window - window.max()) / 0.1)
@@ -142,12 +142,14 @@ def test_features_are_zero_outside_of_the_image(reader: FeatureReader) -> None:
     whole[:, :, :3], whole[:, :, 30:], whole[:, :, :, :5], whole[:, :, :, 60:] = 0, 0, 0, 0
     features = reader(groups, Window(torch.tensor([5.0, 3.0]), torch.tensor([59.0, 29.0])))
     pixels = torch.tensor([[[5, 3], [4, 3], [59, 29], [60, 29], [59, 30], [20, 10], [-1, 5], [64, 31], [70, 40]]])
-    found = features.at(pixels.float())[0]
+    found = features.at(pixels.float().unsqueeze(2))[0, :, :, 0]
     for number, (x, y) in enumerate(pixels[0].tolist()):
         wanted = whole[0, :, y, x] if 0 <= x < 64 and 0 <= y < 32 else torch.zeros(8)
         assert torch.allclose(found[:, number], wanted, atol=2e-5)
     positions = torch.tensor([[[20.25, 10.5], [4.5, 15.0], [59.75, 29.75], [30.0, 2.25], [-3.0, 50.0]]])
-    assert torch.allclose(features.between(positions), sample(whole, positions.unsqueeze(1))[:, :, 0], atol=2e-5)
+    parts = features.between(positions.unsqueeze(2), torch.float32)
+    summed = parts.unflatten(2, (5, -1)).sum(dim=3)
+    assert torch.allclose(summed, sample(whole, positions.unsqueeze(2)), atol=2e-5)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from torch import Tensor
 from matchanything_tools.networks.maxima import largest
 from matchanything_tools.networks.topk import topk
 
+NEVER = 1e4  # a logarithm: exp(-1e4) is 0
 CRITERIA = ("dual_softmax", "mutual", "ratio")
 
 
@@ -36,7 +37,7 @@ def match(
         descriptors0, descriptors1: [K0, D], [K1, D], of unit length.
         valid0, valid1: [K0], [K1] bool; False marks padding, which never matches.
         criterion: see above.
-        inverse_temperature: factor on the cosine before the softmax.
+        inverse_temperature: factor on the cosine before the softmax, up to 40.
         ratio: largest ratio of the distances, for "ratio".
         max_matches: fixed length of the result, at most K0.
 
@@ -45,23 +46,42 @@ def match(
         Scores are the probability (dual_softmax) or the cosine. A least score is not part of the graph: whoever runs
         it drops what is below the manifest's threshold, which can then be changed at run time.
     """
-    cosine = descriptors0.float() @ descriptors1.float().transpose(0, 1)
-    both = valid0[:, None] & valid1[None, :]
     if criterion == "dual_softmax":
-        # A cosine is at most 1, so the largest exponent is 0: no search for the maximum is needed.
-        exponential = torch.exp(inverse_temperature * (cosine - 1)) * both.to(cosine.dtype)
-        rows = exponential.sum(dim=1, keepdim=True).clamp(min=1e-30)
-        columns = exponential.sum(dim=0, keepdim=True).clamp(min=1e-30)
-        similarity = (exponential / rows) * (exponential / columns)
+        partner, scores = _dual_softmax(descriptors0, descriptors1, valid0, valid1, inverse_temperature)
     else:
-        similarity = torch.where(both, cosine, torch.full_like(cosine, -2.0))
-    candidates = 2 if criterion == "ratio" else 1
-    best, partners = torch.topk(similarity, candidates, dim=1)
-    scores, partner = best[:, 0], partners[:, 0]
-    # Best in the other direction too: compared by value, which needs one reduction and no second search for the place.
-    keep = (scores >= largest(similarity, -2)[0, partner]) & (scores > 0)
-    if criterion == "ratio":
-        distance = (2 - 2 * best).clamp(min=0).sqrt()
-        keep = keep & (distance[:, 0] <= ratio * distance[:, 1])
-    scores, index0 = topk(torch.where(keep, scores, torch.zeros_like(scores)), max_matches)
+        cosine = descriptors0.float() @ descriptors1.float().transpose(0, 1)
+        similarity = torch.where(valid0[:, None] & valid1[None, :], cosine, torch.full_like(cosine, -2.0))
+        partner, scores = _mutual(similarity)
+        scores = scores.clamp(min=0)
+        if criterion == "ratio":
+            distance = (2 - 2 * torch.topk(similarity, 2, dim=1).values).clamp(min=0).sqrt()
+            scores = torch.where(distance[:, 0] <= ratio * distance[:, 1], scores, torch.zeros_like(scores))
+    scores, index0 = topk(scores, max_matches)
     return index0, partner[index0], scores
+
+
+def _dual_softmax(
+    descriptors0: Tensor, descriptors1: Tensor, valid0: Tensor, valid1: Tensor, inverse_temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Partners and probabilities [K0] of mutual matches, in logarithms: few passes over the matrix of all pairs."""
+    logits = (descriptors0.float() * inverse_temperature) @ descriptors1.float().transpose(0, 1)
+    # No search for a maximum: a logit is at most the inverse temperature, and e^20 is no large number. Sums are products
+    # with vectors, for which ONNX Runtime has faster kernels than for reductions; padding has no weight in them.
+    exponential = torch.exp(logits)
+    weight0, weight1 = valid0.to(logits.dtype).unsqueeze(0), valid1.to(logits.dtype).unsqueeze(1)
+    rows = torch.log((exponential @ weight1).clamp(min=1e-30)) + (1 - weight0.transpose(0, 1)) * NEVER
+    columns = torch.log((weight0 @ exponential).clamp(min=1e-30)) + (1 - weight1.transpose(0, 1)) * NEVER
+    # (e^l / sum of the row) (e^l / sum of the column) is the exponential of twice this
+    partner, half = _mutual(logits - rows / 2 - columns / 2)
+    return partner, torch.exp(2 * half)
+
+
+def _mutual(similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns [K0] that are the best of their row, and whose best this row is, and their similarity; without such
+    a column 0 and minus NEVER. By comparing with maxima: a search for the places of maxima is slow on a GPU."""
+    best = largest(similarity, -1)
+    number = torch.arange(similarity.shape[1], device=similarity.device, dtype=similarity.dtype)
+    mutual = similarity >= torch.maximum(best, largest(similarity, -2))
+    found = largest(torch.where(mutual, number, torch.full_like(number, -1.0)), -1)[:, 0]
+    scores = torch.where(found >= 0, best[:, 0], torch.full_like(found, -NEVER))
+    return found.clamp(min=0).to(torch.int64), scores

@@ -23,12 +23,13 @@ def size_xy(image: Tensor) -> Tensor:
     return torch.stack((_scalar(image.shape[-1], image.device), _scalar(image.shape[-2], image.device)))
 
 
-def sample(features: Tensor, positions: Tensor) -> Tensor:
+def sample(features: Tensor, positions: Tensor, offsets: Tensor | None = None) -> Tensor:
     """Bilinear samples, zero outside the map.
 
     Args:
         features: [B, C, H, W].
         positions: [B, P, Q, 2] pixels (x, y), centres at integers.
+        offsets: are added to `positions`, which are cheaper as constants of their own.
 
     Returns:
         [B, C, P, Q], in the type of `features`.
@@ -36,12 +37,14 @@ def sample(features: Tensor, positions: Tensor) -> Tensor:
     # align_corners=False maps pixel x to (2x + 1) / W - 1, which also works for maps of one pixel.
     size = size_xy(features)
     grid = positions.float() * (2 / size) + (1 / size - 1)
+    if offsets is not None:
+        grid = offsets * (2 / size) + grid
     sampled = F.grid_sample(features.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return sampled.to(features.dtype)
 
 
 class DeformableConv3x3(nn.Module):
-    """Deformable 3x3 convolution without modulation (Dai et al. 2017): sampling at nine taps, then a 1x1 convolution.
+    """Deformable 3x3 convolution without modulation (Dai et al. 2017): sampling at nine taps, then a convolution.
 
     Equal to torchvision.ops.deform_conv2d with stride 1 and padding 1 (the DeformConv operator, which TensorRT
     rejects) up to rounding. Keys: offset_conv.{weight,bias}, regular_conv.weight. Set `as_operator` to export it as
@@ -58,18 +61,18 @@ class DeformableConv3x3(nn.Module):
         """[B, C, H, W] -> [B, out_channels, H, W]."""
         batch, channels, height, width = x.shape
         limit = max(height, width) / 4
-        # (y, x) of each tap, taps row by row
-        offsets = self.offset_conv(x).float().clamp(-limit, limit)
+        weight, bias = self.offset_conv.weight, self.offset_conv.bias
         if self.as_operator and torch.onnx.is_in_onnx_export():
-            return self._operator(x, offsets.to(x.dtype))
-        offsets = offsets.reshape(batch, 9, 2, height, width)
-        taps = pixel_grid(3, 3, x.device).reshape(9, 1, 1, 2) - 1
-        positions = pixel_grid(height, width, x.device) + taps + offsets.permute(0, 1, 3, 4, 2).flip(-1)
-        # One GridSample over a map nine times as tall, instead of nine.
-        sampled = sample(x, positions.reshape(batch, 9 * height, width, 2))
-        sampled = sampled.reshape(batch, channels * 9, height, width)
-        weight = self.regular_conv.weight.reshape(-1, channels * 9, 1, 1)
-        return F.conv2d(sampled, weight, self.regular_conv.bias)
+            return self._operator(x, self.offset_conv(x).float().clamp(-limit, limit).to(x.dtype))
+        # Published as (y, x) of each tap, taps row by row; GridSample wants (x, y), last: a view of channels-last memory.
+        assert bias is not None
+        weight, bias = (values.unflatten(0, (9, 2)).flip(1).flatten(0, 1) for values in (weight, bias))
+        offsets = F.conv2d(x, weight, bias, padding=1).permute(0, 2, 3, 1).float().clamp(-limit, limit)
+        taps = pixel_grid(3, 3, x.device).reshape(9, 2) - 1
+        still = (pixel_grid(height, width, x.device).unsqueeze(2) + taps).reshape(1, height, width * 9, 2)
+        # One GridSample over a map nine times as wide, instead of nine; the nine taps of a pixel are neighbours in it.
+        sampled = sample(x, still, offsets.reshape(batch, height, width * 9, 2))
+        return F.conv2d(sampled, self.regular_conv.weight.reshape(-1, channels, 1, 9), self.regular_conv.bias, (1, 9))
 
     def _operator(self, x: Tensor, offsets: Tensor) -> Tensor:
         weight, bias = self.regular_conv.weight, self.regular_conv.bias

@@ -1,11 +1,12 @@
 """The K largest of many values, for any K, in operators that every runtime accepts.
 
 TensorRT takes at most 3840 elements from one TopK, and a TopK over all pixels of an image is slow on a GPU.
-Two exact reformulations:
+Three exact reformulations:
 
 - passes: take 3840, overwrite what was taken with minus infinity (ScatterElements without a reduction), take again;
 - blocks: any of the K largest values lies in one of the K blocks with the largest maxima, so the K best blocks
-  hold them all, and only those K blocks are searched.
+  hold them all, and only those K blocks are searched;
+- rows: the K best of each of a few rows, then the K best of those. ONNX Runtime's TopK has one thread block to a row.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ def topk(values: Tensor, k: int, *, limit: int = PASS_LIMIT) -> tuple[Tensor, Te
         values [..., k], indices [..., k] (int64), no index twice.
     """
     if k <= limit:
+        count = values.shape[-1]
+        rows = _rows(count, k) if isinstance(count, int) else 1
+        if rows > 1:
+            return _topk_rows(values, k, rows)
         best = torch.topk(values, k, dim=-1)
         return best.values, best.indices
     passes = math.ceil(k / limit)
@@ -70,5 +75,31 @@ def topk_blocks(values: Tensor, k: int, *, block: int, limit: int = PASS_LIMIT) 
     _, chosen = topk(highest[:, 0, 0], k, limit=limit)
     candidates = table.gather(1, chosen.unsqueeze(2).expand(-1, -1, block)).reshape(batch, k * block)
     best, slot = topk(candidates, k, limit=limit)
-    index = chosen.gather(1, slot // block) * block + slot % block
+    within = whole_quotient(slot, block)
+    index = chosen.gather(1, within) * block + (slot - within * block)
     return best, torch.where(best > ABSENT, index, torch.zeros_like(index))
+
+
+def whole_quotient(index: Tensor, divisor: int) -> Tensor:
+    """index // divisor of int64 >= 0; a division that rounds to zero, which ONNX has, not down, which it has not."""
+    if torch.onnx.is_in_onnx_export():
+        by = torch.full((), divisor, dtype=torch.int64, device=index.device)
+        result = torch.onnx.ops.symbolic("Div", (index, by), dtype=index.dtype, shape=index.shape)
+        assert isinstance(result, Tensor)
+        return result
+    return torch.div(index, divisor, rounding_mode="trunc")
+
+
+def _topk_rows(values: Tensor, k: int, rows: int) -> tuple[Tensor, Tensor]:
+    """`topk` of [..., N] in two steps; `rows` divides N."""
+    first = torch.topk(values.unflatten(-1, (rows, -1)), k, dim=-1)
+    starts = torch.arange(rows, device=values.device).unsqueeze(1) * (values.shape[-1] // rows)
+    best = torch.topk(first.values.flatten(-2), k, dim=-1)
+    return best.values, (first.indices + starts).flatten(-2).gather(-1, best.indices)
+
+
+def _rows(count: int, k: int) -> int:
+    """Into how many rows to cut `count` values: measured on an H200, a TopK takes 25 us and 3 us for 1000 of a row."""
+    costs = {rows: 25 + 0.003 * (count / rows + rows * k) for rows in range(2, 17) if count % rows == 0}
+    rows = min((rows for rows in costs if count // rows >= k), key=costs.__getitem__, default=1)
+    return rows if rows > 1 and costs[rows] < 0.003 * count else 1

@@ -27,15 +27,21 @@ class DescriptorHead(nn.Module):
 
         keypoints: [B, K, 2] in pixels of the padded image. limit: the largest offset in pixels.
         """
+        dim, dtype, positions = self.sf_conv.in_channels, self.sf_conv.weight.dtype, self.positions
         batch, count = keypoints.shape[:2]
-        dim, dtype = self.sf_conv.in_channels, self.sf_conv.weight.dtype
         around = keypoints.floor().unsqueeze(2) + (pixel_grid(3, 3, keypoints.device).reshape(9, 2) - 1)
-        patches = features.at(around.reshape(batch, -1, 2)).to(dtype)
-        patches = patches.reshape(batch, dim, count, 9).transpose(1, 2).reshape(batch * count, dim, 3, 3)
-        offsets = self.offset_conv(patches).reshape(batch, count, 2, self.positions)
-        offsets = offsets.float().clamp(-limit, limit).transpose(2, 3)  # M x positions, then M y positions
-        positions = (keypoints.unsqueeze(2) + offsets).reshape(batch, -1, 2)
-        sampled = F.selu(self.sf_conv(features.between(positions).to(dtype).unsqueeze(2)))  # [B, dim, 1, K M]
-        sampled = sampled.reshape(batch, dim, count, self.positions).permute(0, 2, 3, 1)
-        descriptors = sampled.reshape(batch, count, -1) @ self.agg_weights.flatten(0, 1)
-        return F.normalize(descriptors.float(), dim=2)
+        # Keypoints are the rows and their pixels or positions the columns of maps, which every layer below reads as they
+        # are: a 3x3 patch is nine columns, and the products over all positions are convolutions as wide.
+        first, second = self.offset_conv[0], self.offset_conv[2]
+        hidden = F.conv2d(features.at(around).to(dtype), first.weight.reshape(-1, dim, 1, 9), first.bias)
+        # Published as all x, then all y: made (x, y) of each position, which is then a view of channels-last memory.
+        weight, bias = (x.unflatten(0, (2, positions)).transpose(0, 1).flatten(0, 1) for x in (second.weight, second.bias))
+        offsets = F.conv2d(F.selu(hidden), weight, bias).permute(0, 2, 3, 1).float().clamp(-limit, limit)
+        sampled = features.between(keypoints.unsqueeze(2) + offsets.reshape(batch, count, positions, 2), dtype)
+        parts = sampled.shape[2] // count
+        summing = self.sf_conv.weight.expand(-1, -1, parts, -1)
+        sampled = F.selu(F.conv2d(sampled, summing, stride=(parts, 1)))  # [B, dim, K, M]
+        weight = self.agg_weights.permute(2, 1, 0).unsqueeze(2)  # [dim, dim, 1, M]
+        descriptors = F.conv2d(sampled, weight).squeeze(3).transpose(1, 2).float()
+        length = (descriptors.square() @ torch.ones(dim, 1, device=descriptors.device)).sqrt()
+        return descriptors / length.clamp(min=1e-12)

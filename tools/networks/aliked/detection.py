@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from matchanything_tools.networks.maxima import largest
 from matchanything_tools.networks.sampling import pixel_grid, sample
-from matchanything_tools.networks.topk import topk
+from matchanything_tools.networks.topk import topk, whole_quotient
 
 RADIUS = 2  # of the suppression and of the sub-pixel window
 TEMPERATURE = 0.1  # of the softmax over the sub-pixel window
@@ -19,50 +18,46 @@ def suppress(scores: Tensor) -> Tensor:
 
     scores [B, 1, H, W] in (0, 1) -> same shape.
     """
-    keep = scores == _max5(scores)
+    nothing = torch.zeros_like(scores)
+    kept = torch.where(scores == _max5(scores), scores, nothing)
     for _ in range(2):
-        near = _max5(keep.to(scores.dtype)) > 0
-        rest = torch.where(near, torch.zeros_like(scores), scores)
-        keep = keep | ((rest == _max5(rest)) & ~near)
+        rest = torch.where(_max5(kept) > 0, nothing, scores)
+        kept = kept + torch.where(rest == _max5(rest), rest, nothing)
     inner = torch.ones_like(scores[:1, :, RADIUS:-RADIUS, RADIUS:-RADIUS])
-    return torch.where(keep, scores, torch.zeros_like(scores)) * F.pad(inner, [RADIUS] * 4)
+    return kept * F.pad(inner, [RADIUS] * 4)
 
 
 def select(maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of the suppressed map [B, 1, H, W]: scores [B, k], best first, 0 where there are fewer, and their
-    pixels (x, y) [B, k, 2] int64.
+    pixels y W + x [B, k] int64.
 
     Two maxima are at least 3 px apart (equal neighbours excepted, of which one is taken), so each 3x3 block holds at
-    most one and the search is over a ninth of the pixels.
+    most one and the search is over a ninth of the pixels. The place of a block's maximum is found by pooling, too: that
+    of the map's pixel numbers, which float32 holds exactly up to 4096x4096.
     """
     height, width = maxima.shape[2:]
-    rows, columns = (height + 2) // 3, (width + 2) // 3
-    padded = F.pad(maxima, (0, 2, 0, 2)).narrow(2, 0, rows * 3).narrow(3, 0, columns * 3)
-    blocks = padded.reshape(-1, rows, 3, columns, 3).transpose(2, 3).reshape(-1, rows * columns, 9)
-    highest = F.max_pool2d(padded, 3, stride=3).reshape(-1, rows * columns)
-    scores, block = topk(F.pad(highest, (0, k)), k)  # padding: a small image has fewer than k blocks
-    block = block.clamp(max=rows * columns - 1)
-    nine = blocks.gather(1, block.unsqueeze(2).expand(-1, -1, 9))
-    places = torch.arange(9, device=maxima.device, dtype=torch.float32)
-    place = largest(torch.where(nine == scores.unsqueeze(2), places, torch.zeros_like(places)), -1)[..., 0]
-    place = place.to(torch.int64)
-    across = torch.full_like(block, columns)  # a tensor: the exporter knows no remainder by a dynamic number
-    x = (block % across) * 3 + place % 3
-    y = (block // across) * 3 + place // 3
-    return scores, torch.stack((x, y), dim=2)
+    row, column = (torch.arange(n, dtype=torch.float32, device=maxima.device) for n in (height, width))
+    numbers = row.unsqueeze(1) * width + column
+    places = torch.where(maxima > 0, numbers, torch.zeros_like(numbers))
+    highest, places = (F.max_pool2d(x, 3, stride=3, ceil_mode=True).flatten(1) for x in (maxima, places))
+    blocks = highest.shape[1]
+    if not isinstance(blocks, int) or blocks < k:
+        highest, places = (F.pad(x, (0, k)) for x in (highest, places))
+    scores, block = topk(highest, k)
+    return scores, places.gather(1, block).to(torch.int64)
 
 
 def refine(scores: Tensor, pixels: Tensor) -> Tensor:
-    """Sub-pixel positions [B, K, 2] float32 by a softmax over the 5x5 window of the score map around `pixels` (int)."""
+    """Sub-pixel positions [B, K, 2] float32 by a softmax over the 5x5 window of the score map around `pixels`."""
     height, width = scores.shape[2:]
     window = pixel_grid(5, 5, scores.device).reshape(25, 2) - RADIUS
-    limit = torch.stack([torch.full((), size - 1, dtype=torch.int64) for size in (width, height)])
-    around = pixels.unsqueeze(2) + window.to(torch.int64)
-    around = torch.minimum(around.clamp(min=0), limit)  # only padding reaches over the edge: maxima keep 2 px from it
-    index = around[..., 1] * width + around[..., 0]
-    values = scores.reshape(scores.shape[0], -1).gather(1, index.flatten(1)).reshape(index.shape)
-    weights = torch.softmax(values / TEMPERATURE, dim=2)
-    return pixels.float() + (weights.unsqueeze(3) * window).sum(dim=2)
+    steps = (window[:, 1] * width + window[:, 0]).to(torch.int64)
+    around = (pixels.unsqueeze(2) + steps).clamp(min=0)  # only padding, at pixel 0, reaches out of the map
+    around = torch.minimum(around, torch.full((), height * width - 1, dtype=torch.int64, device=scores.device))
+    values = scores.flatten(1).gather(1, around.flatten(1)).reshape(around.shape)
+    y = whole_quotient(pixels, width)
+    centre = torch.stack((pixels - y * width, y), dim=2).float()
+    return centre + torch.softmax(values / TEMPERATURE, dim=2) @ window
 
 
 def detect(scores: Tensor, k: int, threshold: float | None) -> tuple[Tensor, Tensor]:

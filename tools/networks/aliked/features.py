@@ -14,18 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from matchanything_tools.networks.sampling import pixel_grid, sample, size_xy
+from matchanything_tools.networks.sampling import pixel_grid, sample
 
 
 class Features(Protocol):
     """Positions are pixels (x, y) of the padded image."""
 
     def at(self, pixels: Tensor) -> Tensor:
-        """[B, P, 2] whole pixels (float32) -> [B, dim, P] float32."""
+        """Whole pixels [B, K, N, 2] (float32) -> [B, dim, K, N] float32."""
         ...
 
-    def between(self, positions: Tensor) -> Tensor:
-        """[B, P, 2] -> [B, dim, P] float32, bilinear."""
+    def between(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B, K, M, 2] -> [B, dim, K n, M]: the sums of n consecutive rows are the bilinear samples."""
         ...
 
 
@@ -37,9 +37,13 @@ class Window:
     last: Tensor
 
     def holds(self, pixels: Tensor) -> Tensor:
-        """1.0 where pixels [..., 2] are inside, 0.0 elsewhere, [...]."""
-        inside = (pixels >= self.first) & (pixels <= self.last)
-        return (inside[..., 0] & inside[..., 1]).float()
+        """1.0 where whole pixels [B, P, Q, 2] are inside, 0.0 elsewhere, [B, 1, P, Q].
+
+        Reads a map of one pixel, stretched over the window and half a pixel more, at the nearest pixel: one operation.
+        """
+        grid = (pixels - (self.first + self.last) / 2) * (2 / (self.last - self.first + 1))
+        one = torch.ones(1, 1, 1, 1, device=pixels.device).expand(pixels.shape[0], -1, -1, -1)
+        return F.grid_sample(one, grid, mode="nearest", padding_mode="zeros", align_corners=False)
 
 
 class WholeFeatures:
@@ -50,58 +54,62 @@ class WholeFeatures:
         size = groups[0].shape[2:]
         full = [groups[0].float(), *(upsample(group.float(), size) for group in groups[1:])]
         lengths = torch.cat([torch.linalg.vector_norm(group, dim=1, keepdim=True) for group in full], dim=1)
-        inside = window.holds(pixel_grid(size[0], size[1], groups[0].device))
+        inside = window.holds(pixel_grid(size[0], size[1], groups[0].device).unsqueeze(0))
         factor = inside / torch.linalg.vector_norm(lengths, dim=1, keepdim=True).clamp(min=1e-12)
         self._groups = [group * factor for group in full]
 
     def at(self, pixels: Tensor) -> Tensor:
         height, width = self._groups[0].shape[2:]
-        x, y = pixels.to(torch.int64).unbind(dim=2)
+        x, y = pixels.to(torch.int64).flatten(1, 2).unbind(dim=2)
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
         index = ((y * width + x) * inside.to(torch.int64)).unsqueeze(1)
         read = [g.flatten(2).gather(2, index.expand(-1, g.shape[1], -1)) for g in self._groups]
-        return torch.cat(read, dim=1) * inside.unsqueeze(1).float()
+        return (torch.cat(read, dim=1) * inside.unsqueeze(1).float()).unflatten(2, pixels.shape[1:3])
 
-    def between(self, positions: Tensor) -> Tensor:
-        return torch.cat([sample(group, positions.unsqueeze(1))[:, :, 0] for group in self._groups], dim=1)
+    def between(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.cat([sample(group, positions) for group in self._groups], dim=1).to(dtype)
 
 
 class ReadFeatures:
-    """Computes the map only where it is read."""
+    """Computes the map only where it is read.
+
+    All is in channels-last order, in which ONNX Runtime's GridSample works on a GPU, too.
+    """
 
     def __init__(self, groups: list[Tensor], window: Window) -> None:
         """As WholeFeatures."""
-        self._groups = [group.float() for group in groups]
+        self._rows = groups[0].permute(0, 2, 3, 1).flatten(0, 2)  # the pixels of all images, one after the other
+        self._size = groups[0].shape[2:]
+        self._low = [group.float() for group in groups[1:]]
         self._window = window
 
     def at(self, pixels: Tensor) -> Tensor:
-        return self._weighted(pixels, self._window.holds(pixels))
+        return self._read(pixels, self._window.holds(pixels).squeeze(1)).permute(0, 3, 1, 2)
 
-    def between(self, positions: Tensor) -> Tensor:
-        first = positions.floor()
-        part = positions - first
-        corners, weights = [], []
-        for dy in (0, 1):
-            for dx in (0, 1):
-                corners.append(first + torch.tensor((dx, dy), dtype=torch.float32, device=positions.device))
-                x, y = part.unbind(dim=2)
-                weights.append((x if dx else 1 - x) * (y if dy else 1 - y))
-        pixels = torch.cat(corners, dim=1)  # [B, 4 P, 2]
-        read = self._weighted(pixels, 4 * torch.cat(weights, dim=1) * self._window.holds(pixels))
-        # The sum over the four corners as their mean: pooling is faster than a sum over an inner axis.
-        return F.avg_pool2d(read.unflatten(2, (4, -1)), (4, 1))[:, :, 0]
+    def between(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        batch, count, number = positions.shape[:3]
+        positions = positions.unsqueeze(2)
+        corners = positions.floor() + pixel_grid(2, 2, positions.device).reshape(4, 1, 2)
+        x, y = (1 - (corners - positions).abs()).split(1, dim=4)
+        corners = corners.reshape(batch, count * 4, number, 2)
+        weights = (x * y).reshape(batch, count * 4, number) * self._window.holds(corners).squeeze(1)
+        return self._read(corners, weights).to(dtype).permute(0, 3, 1, 2)
 
-    def _weighted(self, pixels: Tensor, weights: Tensor) -> Tensor:
-        """The unit features at whole pixels [B, P, 2], times weights [B, P]."""
-        size = size_xy(self._groups[0])
-        read = []
-        for group in self._groups:
-            # Upsampling aligns the corner pixels.
-            position = pixels * ((size_xy(group) - 1) / (size - 1))
-            read.append(sample(group, position.unsqueeze(1))[:, :, 0])
-        features = torch.cat(read, dim=1)
-        length = torch.linalg.vector_norm(features, dim=1, keepdim=True).clamp(min=1e-12)
-        return features * (weights.unsqueeze(1) / length)
+    def _read(self, pixels: Tensor, weights: Tensor) -> Tensor:
+        """The unit features at whole pixels [B, P, Q, 2], times weights [B, P, Q]: [B, P, Q, dim] float32."""
+        height, width = self._size
+        x, y = pixels.split(1, dim=3)
+        batch = torch.arange(pixels.shape[0], dtype=torch.float32, device=pixels.device).reshape(-1, 1, 1, 1)
+        index = (y * width + x).clamp(0, height * width - 1) + batch * (height * width)
+        read = [self._rows[index.squeeze(3).to(torch.int64)].float()]
+        # Upsampling aligns the corner pixels, so the same grid reads every resolution.
+        grid = pixels * (2 / (torch.tensor((width, height), device=pixels.device) - 1)) - 1
+        for group in self._low:
+            read.append(F.grid_sample(group, grid, align_corners=True).permute(0, 2, 3, 1))
+        features = torch.cat(read, dim=3)
+        # A product with ones, as everywhere, because ONNX Runtime's reductions are slow on a GPU.
+        square = features.square() @ torch.ones(features.shape[3], 1, device=pixels.device)
+        return features * (weights.unsqueeze(3) / square.sqrt().clamp(min=1e-12))
 
 
 def upsample(x: Tensor, size: torch.Size) -> Tensor:
