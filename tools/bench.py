@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=MODES,
         default=[],
-        help="the PyTorch network: in the precision its authors run it in (original), or as exported (pytorch), and how",
+        help="the PyTorch network: in its authors' precision (original), or as exported (pytorch); and how it is run",
     )
     parser.add_argument("--weights", type=Path, nargs="+", default=[], help="checkpoints, for --against")
     parser.add_argument("--images", type=Path, nargs=2, metavar="FILE", help="default: drawn, in the network's size")

@@ -15,14 +15,16 @@ from torch import Tensor
 def largest(x: Tensor, axis: int) -> Tensor:
     """Maximum of [H, W] or [B, H, W] along `axis` (-1 or -2), which stays with size 1.
 
-    A long axis is reduced in two steps, so that many threads share it. A dynamic axis is reduced by ReduceMax.
+    A long axis is reduced in two or three steps, so that many threads share it. A dynamic axis is reduced by ReduceMax.
     """
     length = x.shape[axis]
     if not isinstance(length, int):
         return x.amax(dim=axis, keepdim=True)
     planes = x.unsqueeze(0) if x.dim() == 3 else x[None, None]
-    steps = (math.ceil(math.sqrt(length)),) if length > 64 else ()
-    for step in (*steps, math.ceil(length / steps[0]) if steps else length):
+    steps = 1 if length <= 64 else 2 if length <= 256 else 3
+    for left in range(steps, 0, -1):
+        size = planes.shape[axis]
+        step = math.ceil(size ** (1 / left))
         window = (1, step) if axis == -1 else (step, 1)
         planes = F.max_pool2d(planes, window, stride=window, ceil_mode=True)
     return planes.reshape(*x.shape[:-2], *planes.shape[-2:])

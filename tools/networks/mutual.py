@@ -65,8 +65,8 @@ def _dual_softmax(
 ) -> tuple[Tensor, Tensor]:
     """Partners and probabilities [K0] of mutual matches, in logarithms: few passes over the matrix of all pairs."""
     logits = (descriptors0.float() * inverse_temperature) @ descriptors1.float().transpose(0, 1)
-    # No search for a maximum: a logit is at most the inverse temperature, and e^20 is no large number. Sums are products
-    # with vectors, for which ONNX Runtime has faster kernels than for reductions; padding has no weight in them.
+    # No search for a maximum: a logit is at most the inverse temperature, and e^20 is no large number. Sums are
+    # products with vectors, for which ONNX Runtime has faster kernels than for reductions; padding has no weight.
     exponential = torch.exp(logits)
     weight0, weight1 = valid0.to(logits.dtype).unsqueeze(0), valid1.to(logits.dtype).unsqueeze(1)
     rows = torch.log((exponential @ weight1).clamp(min=1e-30)) + (1 - weight0.transpose(0, 1)) * NEVER
@@ -82,6 +82,6 @@ def _mutual(similarity: Tensor) -> tuple[Tensor, Tensor]:
     best = largest(similarity, -1)
     number = torch.arange(similarity.shape[1], device=similarity.device, dtype=similarity.dtype)
     mutual = similarity >= torch.maximum(best, largest(similarity, -2))
-    found = largest(torch.where(mutual, number, torch.full_like(number, -1.0)), -1)[:, 0]
-    scores = torch.where(found >= 0, best[:, 0], torch.full_like(found, -NEVER))
+    found = largest(torch.where(mutual, number, torch.full_like(number, -1.0)), -1).squeeze(1)
+    scores = torch.where(found >= 0, best.squeeze(1), torch.full_like(found, -NEVER))
     return found.clamp(min=0).to(torch.int64), scores

@@ -64,7 +64,7 @@ class DeformableConv3x3(nn.Module):
         weight, bias = self.offset_conv.weight, self.offset_conv.bias
         if self.as_operator and torch.onnx.is_in_onnx_export():
             return self._operator(x, self.offset_conv(x).float().clamp(-limit, limit).to(x.dtype))
-        # Published as (y, x) of each tap, taps row by row; GridSample wants (x, y), last: a view of channels-last memory.
+        # Published as (y, x) of each tap, row by row; GridSample wants (x, y), last: no copy in channels-last order.
         assert bias is not None
         weight, bias = (values.unflatten(0, (9, 2)).flip(1).flatten(0, 1) for values in (weight, bias))
         offsets = F.conv2d(x, weight, bias, padding=1).permute(0, 2, 3, 1).float().clamp(-limit, limit)

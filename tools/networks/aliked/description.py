@@ -30,12 +30,15 @@ class DescriptorHead(nn.Module):
         dim, dtype, positions = self.sf_conv.in_channels, self.sf_conv.weight.dtype, self.positions
         batch, count = keypoints.shape[:2]
         around = keypoints.floor().unsqueeze(2) + (pixel_grid(3, 3, keypoints.device).reshape(9, 2) - 1)
-        # Keypoints are the rows and their pixels or positions the columns of maps, which every layer below reads as they
-        # are: a 3x3 patch is nine columns, and the products over all positions are convolutions as wide.
+        # Keypoints are the rows and their pixels or positions the columns of maps, which every layer below reads as
+        # they are: a 3x3 patch is nine columns, and the products over all positions are convolutions as wide.
         first, second = self.offset_conv[0], self.offset_conv[2]
+        assert isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d) and second.bias is not None
         hidden = F.conv2d(features.at(around).to(dtype), first.weight.reshape(-1, dim, 1, 9), first.bias)
         # Published as all x, then all y: made (x, y) of each position, which is then a view of channels-last memory.
-        weight, bias = (x.unflatten(0, (2, positions)).transpose(0, 1).flatten(0, 1) for x in (second.weight, second.bias))
+        weight, bias = (
+            x.unflatten(0, (2, positions)).transpose(0, 1).flatten(0, 1) for x in (second.weight, second.bias)
+        )
         offsets = F.conv2d(F.selu(hidden), weight, bias).permute(0, 2, 3, 1).float().clamp(-limit, limit)
         sampled = features.between(keypoints.unsqueeze(2) + offsets.reshape(batch, count, positions, 2), dtype)
         parts = sampled.shape[2] // count
@@ -43,5 +46,5 @@ class DescriptorHead(nn.Module):
         sampled = F.selu(F.conv2d(sampled, summing, stride=(parts, 1)))  # [B, dim, K, M]
         weight = self.agg_weights.permute(2, 1, 0).unsqueeze(2)  # [dim, dim, 1, M]
         descriptors = F.conv2d(sampled, weight).squeeze(3).transpose(1, 2).float()
-        length = (descriptors.square() @ torch.ones(dim, 1, device=descriptors.device)).sqrt()
+        length = ((descriptors * descriptors) @ torch.ones(dim, 1, device=descriptors.device)).sqrt()
         return descriptors / length.clamp(min=1e-12)

@@ -79,7 +79,7 @@ def detect(scores: Tensor, k: int, threshold: float | None) -> tuple[Tensor, Ten
         any_above = peak[:, :1] > threshold
         valid = valid & (peak > torch.where(any_above, torch.full_like(mean, threshold), mean))
     keypoints = refine(scores, pixels)
-    value = sample(scores, keypoints.unsqueeze(1))[:, 0, 0]
+    value = sample(scores, keypoints.unsqueeze(1)).flatten(1)
     return keypoints, torch.where(valid, value, torch.zeros_like(value))
 
 

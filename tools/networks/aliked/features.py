@@ -101,14 +101,15 @@ class ReadFeatures:
         x, y = pixels.split(1, dim=3)
         batch = torch.arange(pixels.shape[0], dtype=torch.float32, device=pixels.device).reshape(-1, 1, 1, 1)
         index = (y * width + x).clamp(0, height * width - 1) + batch * (height * width)
-        read = [self._rows[index.squeeze(3).to(torch.int64)].float()]
+        near = self._rows.index_select(0, index.flatten().to(torch.int64))
+        read = [near.reshape(*pixels.shape[:3], near.shape[1]).float()]
         # Upsampling aligns the corner pixels, so the same grid reads every resolution.
         grid = pixels * (2 / (torch.tensor((width, height), device=pixels.device) - 1)) - 1
         for group in self._low:
             read.append(F.grid_sample(group, grid, align_corners=True).permute(0, 2, 3, 1))
         features = torch.cat(read, dim=3)
         # A product with ones, as everywhere, because ONNX Runtime's reductions are slow on a GPU.
-        square = features.square() @ torch.ones(features.shape[3], 1, device=pixels.device)
+        square = (features * features) @ torch.ones(features.shape[3], 1, device=pixels.device)
         return features * (weights.unsqueeze(3) / square.sqrt().clamp(min=1e-12))
 
 
