@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ from matchanything_tools.networks.maxima import largest
 from matchanything_tools.networks.mutual import match
 from matchanything_tools.networks.sampling import DeformableConv3x3, sample
 from matchanything_tools.networks.topk import topk, topk_blocks
+from matchanything_tools.networks.upsampling import upsampled_sum
 
 
 def distinct(count: int, seed: int = 0) -> torch.Tensor:
@@ -44,6 +46,13 @@ def test_largest_is_the_maximum(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape) - 9
     for axis in (-1, -2):
         assert torch.equal(largest(x, axis), x.amax(dim=axis, keepdim=True))
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_upsampled_sum_is_interpolation(align_corners: bool) -> None:
+    maps = [torch.randn(2, 3, 12, 20), torch.randn(2, 3, 6, 5), torch.randn(2, 3, 3, 2)]
+    wanted = sum(F.interpolate(x, (24, 40), mode="bilinear", align_corners=align_corners) for x in maps)
+    assert torch.allclose(upsampled_sum(maps, (24, 40), align_corners=align_corners), wanted, atol=1e-5)
 
 
 class Function(torch.nn.Module):

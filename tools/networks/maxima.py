@@ -20,7 +20,7 @@ def largest(x: Tensor, axis: int) -> Tensor:
     length = x.shape[axis]
     if not isinstance(length, int):
         return x.amax(dim=axis, keepdim=True)
-    planes = x.unsqueeze(0) if x.dim() == 3 else x[None, None]
+    planes = x.unsqueeze(1) if x.dim() == 3 else x[None, None]
     steps = 1 if length <= 64 else 2 if length <= 256 else 3
     for left in range(steps, 0, -1):
         size = planes.shape[axis]

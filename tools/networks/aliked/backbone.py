@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from matchanything_tools.networks.aliked.features import upsample
 from matchanything_tools.networks.sampling import DeformableConv3x3
+from matchanything_tools.networks.upsampling import upsampled_sum
 
 DIVISOR = 32  # the lowest resolution is 1/32
 
@@ -91,6 +92,9 @@ class Backbone(nn.Module):
         """Image [B, 3, H, W] in [0, 1], H and W multiples of 32 -> score map [B, 1, H, W] float32 in (0, 1), and
         four groups of channels of the features (see features.py), [B, dim / 4, H / s, W / s] with s = 1, 2, 8, 32."""
         size = image.shape[2:]
+        if image.dtype == torch.float16:
+            # Channels last, as convolutions want it on a GPU: to turn three planes around there takes longer.
+            image = torch.stack(image.unbind(1), 3).permute(0, 3, 1, 2)
         x1 = self.block1(image)
         x2 = self.block2(F.avg_pool2d(x1, 2))
         x3 = self.block3(F.avg_pool2d(x2, 4))
@@ -114,6 +118,9 @@ class Backbone(nn.Module):
         # same and saves most of the work.
         parts = self.score_head[0].weight.chunk(4, dim=1)
         x, *low = (F.conv2d(group, weight) for group, weight in zip(groups, parts, strict=True))
-        for y in low:
-            x = x + upsample(y, size)
+        if x.dtype == torch.float16 and isinstance(size[0], int) and isinstance(size[1], int):
+            x = x + upsampled_sum(low, (size[0], size[1]), align_corners=True)
+        else:
+            for y in low:
+                x = x + upsample(y, size)
         return self.score_head[1:](x)

@@ -68,9 +68,9 @@ class DescriptorB(nn.Module):
         on_half = coarser(keypoints, full[1], half[1])
         corners, weights = corners_of(on_half, half[1])
         batch, count = keypoints.shape[:2]
-        sampled = sample(total, coarser(corners, half[1], total)).reshape(batch, -1, count, 4)
+        sampled = sample(total, coarser(corners, half[1], total)).permute(0, 2, 3, 1).reshape(batch, count, 4, -1)
         return (
-            (sampled * weights.unsqueeze(1)).sum(dim=3).transpose(1, 2)
+            (weights.unsqueeze(2) @ sampled).squeeze(2)
             + self._output(half[0], sample(half[1], on_half.unsqueeze(1))[:, :, 0].transpose(1, 2))
             + self._output(full[0], read(full[1], keypoints))
         )
@@ -107,8 +107,12 @@ def detect(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     # The softmax over all pixels, in steps that many threads share.
     logits = logits[:, 0]
     exponential = torch.exp(logits - largest(largest(logits, -1), -2))
-    probability = exponential / exponential.sum(dim=(1, 2), keepdim=True)
-    density = density_matrix(height, logits) @ ((probability + 1e-6) * 1e4) @ density_matrix(width, logits)
+    ones = torch.ones(width, 1, device=logits.device)
+    total = (exponential @ ones).transpose(1, 2) @ torch.ones(height, 1, device=logits.device)
+    probability = exponential / total
+    # Columns, then rows, both from the right: products with one matrix from the left are slower in ONNX Runtime.
+    density = ((probability + 1e-6) * 1e4) @ density_matrix(width, logits)
+    density = (density.transpose(1, 2) @ density_matrix(height, logits)).transpose(1, 2)
     score = (probability * torch.rsqrt(density + 1e-8)).flatten(1)
     # The least work is with blocks of sqrt(pixels / k); 8 is near that for the usual sizes and numbers.
     scores, index = topk_blocks(score, k, block=8)
