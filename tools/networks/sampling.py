@@ -43,6 +43,19 @@ def sample(features: Tensor, positions: Tensor, offsets: Tensor | None = None) -
     return sampled.to(features.dtype)
 
 
+def read(features: Tensor, pixels: Tensor) -> Tensor:
+    """Features [B, C, H, W] at whole pixels (x, y) [B, ..., 2] inside the map (float32) -> [B, ..., C].
+
+    As rows of the map in channels-last order, in which convolutions leave it on a GPU.
+    """
+    batch, channels, height, width = features.shape
+    image = torch.arange(batch, dtype=torch.float32, device=features.device).reshape(-1, *[1] * (pixels.dim() - 1))
+    x, y = pixels.split(1, dim=-1)
+    index = y * width + x + image * (height * width)  # exact: float32 holds whole numbers up to 2^24
+    rows = features.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, index.flatten().to(torch.int64))
+    return rows.reshape(*pixels.shape[:-1], channels)
+
+
 class DeformableConv3x3(nn.Module):
     """Deformable 3x3 convolution without modulation (Dai et al. 2017): sampling at nine taps, then a convolution.
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from matchanything_tools.networks.sampling import pixel_grid, sample
+from matchanything_tools.networks.sampling import pixel_grid, read, sample
 
 
 class Features(Protocol):
@@ -78,8 +78,7 @@ class ReadFeatures:
 
     def __init__(self, groups: list[Tensor], window: Window) -> None:
         """As WholeFeatures."""
-        self._rows = groups[0].permute(0, 2, 3, 1).flatten(0, 2)  # the pixels of all images, one after the other
-        self._size = groups[0].shape[2:]
+        self._full = groups[0]
         self._low = [group.float() for group in groups[1:]]
         self._window = window
 
@@ -97,17 +96,13 @@ class ReadFeatures:
 
     def _read(self, pixels: Tensor, weights: Tensor) -> Tensor:
         """The unit features at whole pixels [B, P, Q, 2], times weights [B, P, Q]: [B, P, Q, dim] float32."""
-        height, width = self._size
-        x, y = pixels.split(1, dim=3)
-        batch = torch.arange(pixels.shape[0], dtype=torch.float32, device=pixels.device).reshape(-1, 1, 1, 1)
-        index = (y * width + x).clamp(0, height * width - 1) + batch * (height * width)
-        near = self._rows.index_select(0, index.flatten().to(torch.int64))
-        read = [near.reshape(*pixels.shape[:3], near.shape[1]).float()]
+        last = torch.tensor((self._full.shape[3] - 1, self._full.shape[2] - 1), device=pixels.device)
+        parts = [read(self._full, torch.minimum(pixels.clamp(min=0), last)).float()]
         # Upsampling aligns the corner pixels, so the same grid reads every resolution.
-        grid = pixels * (2 / (torch.tensor((width, height), device=pixels.device) - 1)) - 1
+        grid = pixels * (2 / last) - 1
         for group in self._low:
-            read.append(F.grid_sample(group, grid, align_corners=True).permute(0, 2, 3, 1))
-        features = torch.cat(read, dim=3)
+            parts.append(F.grid_sample(group, grid, align_corners=True).permute(0, 2, 3, 1))
+        features = torch.cat(parts, dim=3)
         # A product with ones, as everywhere, because ONNX Runtime's reductions are slow on a GPU.
         square = (features * features) @ torch.ones(features.shape[3], 1, device=pixels.device)
         return features * (weights.unsqueeze(3) / square.sqrt().clamp(min=1e-12))

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from matchanything_tools.networks.upsampling import upsampled_sum
+
 
 class Refiner(nn.Module):
     """One scale: a full 1x1 block, depthwise 5x5 blocks, a residual connection over them, and a 1x1 output.
@@ -19,15 +21,17 @@ class Refiner(nn.Module):
         self.block1 = _block(in_channels, hidden, depthwise=False)
         self.hidden_blocks = nn.Sequential(*(_block(hidden, hidden, depthwise=True) for _ in range(blocks)))
         self.out_conv = nn.Conv2d(hidden, predictions + context, 1)
+        self.output = nn.ModuleList()  # of each part of the hidden channels: made by Decoder.fold
 
-    def forward(self, features: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, features: Tensor, context: Tensor | None) -> list[Tensor]:
         """Features [B, C, H, W], what the coarser scale adds to their first convolution [B, hidden, h, w] -> the hidden
-        channels [B, hidden, H, W] that `out_conv` reads."""
+        channels [B, hidden, H, W] whose `output` is the prediction, in one part or two."""
         x = self.block1[0](features)
         if context is not None:
-            x = x + resize(context, x, "bilinear")
+            x = x + upsample(context, x, products=x.dtype == torch.float16)
         start = self.block1[1:](x)
-        return self.hidden_blocks(start) + start
+        hidden = self.hidden_blocks(start)
+        return [hidden + start] if len(self.output) == 1 else [hidden, start]
 
 
 class Decoder(nn.Module):
@@ -45,19 +49,21 @@ class Decoder(nn.Module):
             }
         )
 
-    def forward(self, features: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Features by stride -> hidden channels by stride; `predict` makes predictions of them."""
-        found: dict[int, Tensor] = {}
+    def forward(self, features: dict[int, Tensor]) -> dict[int, list[Tensor]]:
+        """Features by stride -> the parts of the hidden channels by stride; `predict` makes predictions of them."""
+        found: dict[int, list[Tensor]] = {}
         context: Tensor | None = None
         for stride in self.strides:
             found[stride] = self.refiner(stride)(features[stride], context)
             if stride != self.strides[-1]:
-                context = self.carry[str(stride)](found[stride])
+                context = self.carry[str(stride)](found[stride][0])
         return found
 
-    def predict(self, stride: int, hidden: Tensor) -> Tensor:
+    def predict(self, stride: int, parts: list[Tensor]) -> Tensor:
         """The prediction [B, P, H, W] float32 that one scale adds."""
-        return self.refiner(stride).out_conv(hidden).float()
+        layers = self.refiner(stride).output
+        first, *rest = (layer(part).float() for layer, part in zip(layers, parts, strict=True))
+        return first + rest[0] if rest else first
 
     def refiner(self, stride: int) -> Refiner:
         """The refiner of a stride."""
@@ -89,8 +95,21 @@ class Decoder(nn.Module):
             out = self.refiner(stride).out_conv
             assert out.bias is not None
             kept = _conv1x1(out.weight[: self.predictions, :, 0, 0], out.bias[: self.predictions])
-            self.refiner(stride).out_conv = kept
+            self.refiner(stride).output = nn.ModuleList([kept])
+            del self.refiner(stride).out_conv
         self.carry = nn.ModuleDict(carry)
+        # At the finest scale nothing but the output reads the last 1x1 convolution, so the two are one, and the
+        # residual connection is an output of its own.
+        finest = self.refiner(self.strides[-1])
+        last = finest.hidden_blocks[-1]
+        residual = finest.output[0]
+        assert isinstance(last, nn.Sequential) and isinstance(residual, nn.Conv2d)
+        mix = last[3]
+        assert isinstance(mix, nn.Conv2d) and mix.bias is not None and residual.bias is not None
+        weight, before = residual.weight[:, :, 0, 0].double(), mix.weight[:, :, 0, 0].double()
+        finest.output.insert(0, _conv1x1(weight @ before, weight @ mix.bias.double() + residual.bias))
+        residual.bias = None
+        last[3] = nn.Identity()
 
 
 class AtLeast(nn.Module):
@@ -122,9 +141,13 @@ def shift_bias(block: nn.Module) -> None:
     depthwise.bias = None
 
 
-def resize(x: Tensor, like: Tensor, mode: str) -> Tensor:
-    """Resize to the size of `like`, pixel edges aligned; bicubic with a = -0.75, no antialiasing."""
-    return F.interpolate(x, size=like.shape[2:], mode=mode, align_corners=False)
+def upsample(x: Tensor, like: Tensor, *, products: bool) -> Tensor:
+    """Bilinear, to the size of `like`, pixel edges aligned. products: by products with matrices, if that size is
+    fixed: see upsampling.py."""
+    height, width = like.shape[2:]
+    if products and isinstance(height, int) and isinstance(width, int):
+        return upsampled_sum([x], (height, width), align_corners=False)
+    return F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
 
 
 def _block(inputs: int, outputs: int, *, depthwise: bool) -> nn.Sequential:

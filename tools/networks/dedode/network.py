@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from matchanything_tools.networks.dedode.decoder import Decoder, resize
+from matchanything_tools.networks.dedode.decoder import Decoder, upsample
 from matchanything_tools.networks.dinov2 import PATCH, DinoV2
 from matchanything_tools.networks.maxima import largest
-from matchanything_tools.networks.sampling import pixel_grid, sample, size_xy
+from matchanything_tools.networks.sampling import pixel_grid, read, sample, size_xy
 from matchanything_tools.networks.topk import topk_blocks, whole_quotient
 from matchanything_tools.networks.vgg import VGG19
 
@@ -35,7 +35,10 @@ class Detector(nn.Module):
         total: Tensor | None = None
         for stride, hidden in self.decoder(self.encoder(image)).items():
             prediction = self.decoder.predict(stride, hidden)
-            total = prediction if total is None else prediction + resize(total, prediction, "bicubic")
+            if total is not None:  # bicubic with a = -0.75, no antialiasing
+                coarse = F.interpolate(total, size=prediction.shape[2:], mode="bicubic", align_corners=False)
+                prediction = prediction + coarse
+            total = prediction
         assert total is not None
         return total
 
@@ -63,22 +66,21 @@ class DescriptorB(nn.Module):
         total: Tensor | None = None
         for stride, hidden in coarse:
             prediction = self.decoder.predict(stride, hidden)
-            total = prediction if total is None else prediction + resize(total, prediction, "bilinear")
+            products = hidden[0].dtype == torch.float16
+            total = prediction if total is None else prediction + upsample(total, prediction, products=products)
         assert total is not None
-        on_half = coarser(keypoints, full[1], half[1])
-        corners, weights = corners_of(on_half, half[1])
-        batch, count = keypoints.shape[:2]
-        sampled = sample(total, coarser(corners, half[1], total)).permute(0, 2, 3, 1).reshape(batch, count, 4, -1)
-        return (
-            (weights.unsqueeze(2) @ sampled).squeeze(2)
-            + self._output(half[0], sample(half[1], on_half.unsqueeze(1))[:, :, 0].transpose(1, 2))
-            + self._output(full[0], read(full[1], keypoints))
-        )
+        on_half = coarser(keypoints, full[1][0], half[1][0])
+        corners, weights = corners_of(on_half, half[1][0])  # [B, K, 4, 2], [B, K, 1, 4]
+        sampled = sample(total, coarser(corners, half[1][0], total)).permute(0, 2, 3, 1)
+        halves = [(weights @ read(part, corners).float()).squeeze(2).to(part.dtype) for part in half[1]]
+        on_full = [read(part, keypoints) for part in full[1]]
+        return (weights @ sampled).squeeze(2) + self._output(half[0], halves) + self._output(full[0], on_full)
 
-    def _output(self, stride: int, hidden: Tensor) -> Tensor:
-        """The output layer of a scale on hidden channels [B, K, hidden] at K places."""
-        layer = self.decoder.refiner(stride).out_conv
-        return F.linear(hidden, layer.weight[:, :, 0, 0], layer.bias).float()
+    def _output(self, stride: int, parts: list[Tensor]) -> Tensor:
+        """The output layer of a scale on parts of the hidden channels, each [B, K, hidden], at K places."""
+        layers = [layer for layer in self.decoder.refiner(stride).output if isinstance(layer, nn.Conv2d)]
+        weight = torch.cat([layer.weight[:, :, 0, 0] for layer in layers], dim=1)
+        return F.linear(torch.cat(parts, dim=2), weight, layers[0].bias).float()
 
 
 class DescriptorG(DescriptorB):
@@ -137,19 +139,10 @@ def coarser(positions: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:
 
 
 def corners_of(positions: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    """The four pixels around each position [B, K, 2] of a map, [B, 4 K, 1, 2], and their weights [B, K, 4]."""
+    """The four pixels around each position [B, K, 2] of a map, [B, K, 4, 2], and their weights [B, K, 1, 4]."""
     first = positions.floor()
-    part = positions - first
+    part = (positions - first).unsqueeze(2)
     steps = pixel_grid(2, 2, positions.device).reshape(4, 2)
     corners = torch.minimum(first.unsqueeze(2) + steps, size_xy(image) - 1)  # beyond the last pixel the weight is 0
-    along = (1 - steps) * (1 - part.unsqueeze(2)) + steps * part.unsqueeze(2)  # [B, K, 4, (x, y)]
-    weights = along[..., 0] * along[..., 1]
-    return corners.reshape(positions.shape[0], -1, 1, 2), weights
-
-
-def read(features: Tensor, keypoints: Tensor) -> Tensor:
-    """Features [B, C, H, W] at whole pixels [B, K, 2] -> [B, K, C]."""
-    batch, channels, _, width = features.shape
-    pixels = keypoints.to(torch.int64)
-    index = (pixels[..., 1] * width + pixels[..., 0]).unsqueeze(1).expand(-1, channels, -1)
-    return features.reshape(batch, channels, -1).gather(2, index).transpose(1, 2)
+    across, down = ((1 - steps) * (1 - part) + steps * part).split(1, dim=3)  # [B, K, 4, 1]
+    return corners, (across * down).transpose(2, 3)
