@@ -105,25 +105,25 @@ def test_solve_is_as_exact_as_lapack(structure: str) -> None:
     assert error(solve_spd(matrix, targets, NOISE, 1.0 + NOISE, block=250)) < 4 * lapack
 
 
-@pytest.mark.parametrize("pieces", ["volume", "gather"])
-def test_local_correlation_is_what_sampling_gives(pieces: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bands", [1, 3])
+def test_local_correlation_is_what_sampling_gives(bands: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the definition: sample the other image at every offset. The flow leaves the image on all sides."""
-    if pieces == "gather":
-        monkeypatch.setattr(correlation, "VOLUME_CELLS", 0)
-    monkeypatch.setattr(correlation, "PIECE_BYTES", 40_000)  # several pieces
     generator = torch.Generator().manual_seed(2)
-    height, width, radius = 11, 14, 2
-    x, y = torch.randn(2, 2, 16, height, width, generator=generator).unbind(0)
+    height, width, radius = 12, 15, 2
+    monkeypatch.setattr(correlation, "BAND_BYTES", height * width * 184 * 4 // bands)  # 180 cells, 184 in memory
+    features = torch.randn(2, height, width, 16, generator=generator)
     flow = 1.6 * torch.randn(2, 2, height, width, generator=generator)
     flow[0, 0, 0, :2] = torch.tensor([1e9, -1e9])
+    x, y = features.permute(0, 3, 1, 2), features.flip(0).permute(0, 3, 1, 2)
     expected = []
     for dy in range(-radius, radius + 1):
         for dx in range(-radius, radius + 1):
             offset = torch.tensor([2 * dx / width, 2 * dy / height]).view(1, 2, 1, 1)
             sampled = F.grid_sample(y, (flow + offset).permute(0, 2, 3, 1), align_corners=False)
-            expected.append((x * sampled).sum(1) / 16**0.5)
-    found = local_correlation(x, y, flow, radius)
-    assert float((found - torch.stack(expected, 1)).abs().max()) < 1e-4  # positions are rounded differently
+            expected.append((x * sampled).sum(1))
+    found = local_correlation(features, flow, radius)
+    assert found.shape == (2, height, width, 25)
+    assert float((found - torch.stack(expected, 3)).abs().max()) < 1e-4  # positions are rounded differently
 
 
 def test_anchor_decoding_keeps_the_wrap_and_the_double_count() -> None:

@@ -1,10 +1,13 @@
-"""Multi-head attention as one operator that ONNX Runtime runs fused and that every other runtime can take apart.
+"""Transformer blocks in operators that ONNX Runtime runs fused and that every other runtime can take apart.
 
-In an exported graph it is a node `com.microsoft::MultiHeadAttention` *with a function body* in standard operators:
-ONNX Runtime knows the operator and picks its flash-attention kernel, TensorRT's parser inlines the body.
+In an exported graph they are nodes `com.microsoft::MultiHeadAttention` and `SkipLayerNormalization` *with a function
+body* in standard operators: ONNX Runtime knows the operators (flash attention; residual, bias and norm in one kernel),
+TensorRT's parser inlines the bodies.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import onnx_ir
 import torch
@@ -34,6 +37,24 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_h
     return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
 
 
+def add_and_norm(
+    x: torch.Tensor, branch: torch.Tensor, bias: torch.Tensor, norm: nn.LayerNorm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The end of a residual branch and the norm behind it: norm(s) and s = x + branch + bias; all [B, N, C]."""
+    if torch.onnx.is_in_onnx_export():
+        normed, _, _, total = torch.onnx.ops.symbolic_multi_out(
+            f"{_DOMAIN}::SkipLayerNormalization",
+            (branch, x, norm.weight, norm.bias, bias),
+            {"epsilon": norm.eps},
+            dtypes=(x.dtype, torch.float32, torch.float32, x.dtype),
+            shapes=(x.shape, (*x.shape[:-1], 1), (*x.shape[:-1], 1), x.shape),
+            version=1,
+        )
+        return normed, total
+    total = x + (branch + bias)
+    return norm(total), total
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention of tokens [B, N, width], with q, k and v in one published matrix."""
 
@@ -59,11 +80,15 @@ class SelfAttention(nn.Module):
         self.query, self.key, self.value = _linear(query, bias), _linear(key), _linear(value)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(self.mix(x))
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        """All but the last projection."""
         if hasattr(self, "qkv"):
             query, key, value = self.qkv(x).chunk(3, dim=2)
         else:
             query, key, value = self.query(x), self.key(x), self.value(x)
-        return self.proj(attention(query, key, value, self.heads))
+        return attention(query, key, value, self.heads)
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
@@ -88,13 +113,23 @@ def MultiHeadAttention(query, key, value, num_heads: int):  # type: ignore[no-un
     return op.Reshape(merged, op.Constant(value_ints=[0, 0, -1]))
 
 
+@script(Opset(_DOMAIN, 1), default_opset=op)
+def SkipLayerNormalization(input, skip, gamma, beta, bias, epsilon: float):  # type: ignore[no-untyped-def]
+    total = op.Add(skip, op.Add(input, bias))
+    output = op.LayerNormalization(total, gamma, beta, axis=-1, epsilon=epsilon)
+    none = op.Identity(total)  # in the place of the statistics, which nobody reads
+    return output, none, none, total
+
+
 def add_function_bodies(model: onnx_ir.Model) -> None:
-    """Give the attention nodes of an exported model, if there are any, their body in standard operators."""
-    if any(node.domain == _DOMAIN and node.op_type == "MultiHeadAttention" for node in model.graph):
-        function = onnx_ir.from_proto(MultiHeadAttention.to_function_proto())
-        assert isinstance(function, onnx_ir.Function)
-        model.functions[function.identifier()] = function
-        model.opset_imports.setdefault(_DOMAIN, 1)
+    """Give the nodes of this file in an exported model, if there are any, their bodies in standard operators."""
+    for body in (MultiHeadAttention, SkipLayerNormalization):
+        nodes = [node for node in model.graph if node.domain == _DOMAIN and node.op_type == body.name]
+        if nodes:
+            function = onnx_ir.from_proto(body.to_function_proto())
+            assert isinstance(function, onnx_ir.Function)
+            model.functions[function.identifier()] = function
+            model.opset_imports.setdefault(_DOMAIN, 1)
 
 
 class Mlp(nn.Module):
@@ -108,3 +143,31 @@ class Mlp(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., width] -> [..., width]."""
         return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block under the published names."""
+
+    def __init__(self, width: int, heads: int, bias: bool, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = SelfAttention(width, heads, bias)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width)
+
+
+def run_blocks(x: torch.Tensor, blocks: nn.ModuleList, final: nn.LayerNorm | None) -> torch.Tensor:
+    """Blocks one after the other, and a last norm if there is one: [B, N, C] -> [B, N, C].
+
+    Each addition is joined with the norm that follows it, be it the next block's: see `add_and_norm`.
+    """
+    every = cast(list[Block], list(blocks))
+    normed = every[0].norm1(x)
+    for block, following in zip(every, (*(other.norm1 for other in every[1:]), final), strict=True):
+        attn, mlp = block.attn, block.mlp
+        normed, x = add_and_norm(x, F.linear(attn.mix(normed), attn.proj.weight), attn.proj.bias, block.norm2)
+        branch = F.linear(F.gelu(mlp.fc1(normed)), mlp.fc2.weight)
+        if following is None:
+            return x + (branch + mlp.fc2.bias)
+        normed, x = add_and_norm(x, branch, mlp.fc2.bias, following)
+    return normed

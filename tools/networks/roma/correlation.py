@@ -1,7 +1,8 @@
 """Local correlation: a feature of one image against a window of the other, around where the flow points.
 
 The offsets of the window are whole cells, so all samples of a window share one bilinear fraction: correlate at the
-(2r+2)^2 whole cells around it, then blend those numbers, instead of sampling (2r+1)^2 feature vectors.
+(2r+2)^2 whole cells around it, then blend those numbers, instead of sampling (2r+1)^2 feature vectors. The numbers are
+picked from the products of all pairs of cells, which serve both directions: rows for the one, columns for the other.
 """
 
 from __future__ import annotations
@@ -10,54 +11,71 @@ from itertools import pairwise
 
 import torch
 
-VOLUME_CELLS = 20_000  # maps up to this many cells: products of all pairs, of which those of the window are picked
-PIECE_BYTES = 128 << 20  # larger maps: the features of the window are gathered. Either way in pieces of about this size
+BAND_BYTES = 512 << 20  # the products of all pairs are made for bands of rows of image 0, of about this size each
 
 
-def local_correlation(x: torch.Tensor, y: torch.Tensor, flow: torch.Tensor, radius: int) -> torch.Tensor:
-    """x . y(flow + offset) / sqrt(C) for offsets -radius..radius in both directions.
+def local_correlation(features: torch.Tensor, flow: torch.Tensor, radius: int) -> torch.Tensor:
+    """x . y(flow + offset) for offsets -radius..radius in both directions, offsets row by row.
 
-    x, y: features [B, C, H, W]; flow: normalised target [B, 2, H, W], float32. Outside the map y is zero.
-    Returns [B, (2 radius + 1)^2, H, W] in the type of x, offsets row by row.
+    features: [2, H, W, C], of image 0 and image 1; flow: normalised targets [2, 2, H, W] (x, y), float32: element 0
+    leads from image 0 to image 1. Outside the map y is zero. Returns [2, H, W, (2 radius + 1)^2] as type of features.
     """
-    batch, channels, height, width = x.shape
-    left = (x * channels**-0.5).flatten(2).transpose(1, 2)
-    right = y.flatten(2).transpose(1, 2)
-    column, inside_x, fraction_x = _window(flow[:, 0], width, radius)
-    row, inside_y, fraction_y = _window(flow[:, 1], height, radius)
-    side = 2 * radius + 2
-    index = (row[:, :, :, None] * width + column[:, :, None, :]).flatten(2)
-    dots = _dots(left, right, index).float().unflatten(2, (side, side))
-    dots = dots * (inside_y[:, :, :, None] * inside_x[:, :, None, :])
+    _, height, width, _ = features.shape
+    cells, inside, fraction = _window(flow, radius)
+    dots = _dots(features, cells).float()
+    dots = dots * (inside[:, 1, :, :, None] * inside[:, 0, :, None, :])
+    fraction_x, fraction_y = fraction[:, 0, :, None], fraction[:, 1, :, None]
     dots = dots[:, :, :-1] + fraction_y[..., None] * (dots[:, :, 1:] - dots[:, :, :-1])
     dots = dots[..., :-1] + fraction_x[..., None] * (dots[..., 1:] - dots[..., :-1])
-    return dots.to(x.dtype).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+    return dots.to(features.dtype).reshape(2, height, width, -1)
 
 
-def _window(target: torch.Tensor, size: int, radius: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Along one axis of target [B, H, W]: cells [B, HW, 2r+2] within the map, 1 where inside, fraction [B, HW, 1]."""
-    position = ((target.flatten(1)[..., None] + 1.0) * size - 1.0) / 2.0
+def _window(flow: torch.Tensor, radius: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each axis (x, y): cells [2, 2, HW, 2r+2] within the map, 1 where inside, fractions [2, 2, HW]; float32."""
+    height, width = flow.shape[2:]
+    half = torch.tensor([width / 2, height / 2]).view(1, 2, 1)
+    position = flow.flatten(2) * half + (half - 0.5)
     first = torch.floor(position)
-    cells = first + torch.arange(-radius, radius + 2, dtype=torch.float32)
-    inside = ((cells >= 0) & (cells <= size - 1)).float()
-    return cells.clamp(0, size - 1).to(torch.int64), inside, position - first
+    cells = first[..., None] + torch.arange(-radius, radius + 2, dtype=torch.float32)
+    within = torch.minimum(cells.clamp(min=0.0), (2 * half - 1)[..., None])
+    return within, (within == cells).float(), position - first
 
 
-def _dots(left: torch.Tensor, right: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """left[b, n] . right[b, index[b, n, k]] -> [B, N, K]."""
-    batch, cells, channels = left.shape
-    window = index.shape[2]
-    volume = cells <= VOLUME_CELLS
-    row_bytes = left.element_size() * (cells if volume else window * channels)
-    pieces = -(-cells * row_bytes // PIECE_BYTES)
-    edges = [cells * i // pieces for i in range(pieces + 1)]
-    results = []
-    for b in range(batch):
-        for start, end in pairwise(edges):
-            some, where = left[b, start:end], index[b, start:end]
-            if volume:
-                results.append((some @ right[b].T).gather(1, where))
-            else:
-                near = right[b].index_select(0, where.flatten()).unflatten(0, (end - start, window))
-                results.append((near @ some[:, :, None])[..., 0])
-    return torch.cat(results).unflatten(0, (batch, cells))
+def _dots(features: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """Products of every cell with those of its window in the other image: [2, HW, 2r+2, 2r+2] (rows, columns)."""
+    _, height, width, _ = features.shape
+    count = height * width
+    stride = -(-count // 8) * 8  # matrix units want it
+    left, right = features.flatten(1, 2).unbind(0)
+    if stride > count:
+        right = torch.cat((right, right.new_zeros(stride - count, right.shape[1])))
+    column = cells[:, 0].to(torch.int64)[:, :, None, :]
+    row0, row1 = cells[0, 1], cells[1, 1]
+    target0 = (row0.to(torch.int64) * width)[..., None] + column[0]  # cell of image 1 for each of image 0
+    own1 = torch.arange(count)[:, None, None]
+    edges = _bands(height, width * stride * features.element_size())
+    forward, backward = [], []
+    for start, end in pairwise(edges):
+        products = (left[start * width : end * width] @ right.T).flatten()
+        own0 = torch.arange(0, (end - start) * width * stride, stride)[:, None, None]
+        forward.append(_pick(products, own0 + target0[start * width : end * width]))
+        # Direction 1: what of its windows lies in this band. The row of the matrix is the cell of image 0.
+        row = row1.clamp(start, end - 1)
+        index = ((row - start).to(torch.int64) * (width * stride))[..., None] + (column[1] * stride + own1)
+        picked = _pick(products, index)
+        backward.append(picked if len(edges) == 2 else picked * (row == row1).to(picked.dtype)[..., None])
+    total = backward[0]
+    for more in backward[1:]:
+        total = total + more
+    return torch.stack((torch.cat(forward), total))
+
+
+def _pick(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return values.index_select(0, index.flatten()).view(index.shape)
+
+
+def _bands(rows: int, row_bytes: int) -> list[int]:
+    """Edges of bands of rows, of equal height where a division without rest is near."""
+    least = -(-rows * row_bytes // BAND_BYTES)
+    even = next((count for count in range(least, min(2 * least, rows) + 1) if rows % count == 0), least)
+    return [rows * i // even for i in range(even + 1)]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from matchanything_tools.networks.attention import Mlp, SelfAttention
+from matchanything_tools.networks.attention import Block, run_blocks
 from matchanything_tools.networks.roma.grids import pixel_grid
 
 WIDTH, HEADS, DEPTH = 1024, 8, 5
@@ -18,13 +18,11 @@ class EmbeddingDecoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(_Block() for _ in range(DEPTH))
+        self.blocks = nn.ModuleList(Block(WIDTH, HEADS, bias=False) for _ in range(DEPTH))
         self.to_out = nn.Linear(WIDTH, ANCHORS * ANCHORS + 1)
 
     def forward(self, posterior: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = torch.cat((posterior, features), 2)
-        for block in self.blocks:
-            x = block(x)
+        x = run_blocks(torch.cat((posterior, features), 2), self.blocks, None)
         # Two products: one of odd width would miss the tensor cores. Certainty is a final head: fp32.
         weight, bias = self.to_out.weight, self.to_out.bias
         logits = F.linear(x, weight[:-1].to(x.dtype), bias[:-1].to(x.dtype))
@@ -46,16 +44,3 @@ def decode_anchors(logits: torch.Tensor) -> torch.Tensor:
     weights = torch.exp(around - around[..., 1:2])
     table = pixel_grid(ANCHORS, ANCHORS).flatten(2)[0].T
     return (weights[..., None] * F.embedding(index, table)).sum(2) / weights.sum(2, keepdim=True)
-
-
-class _Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(WIDTH)
-        self.attn = SelfAttention(WIDTH, HEADS, bias=False)
-        self.norm2 = nn.LayerNorm(WIDTH)
-        self.mlp = Mlp(WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))

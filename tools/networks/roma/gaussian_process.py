@@ -43,6 +43,9 @@ class GaussianProcess(nn.Module):
 
 def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """exp((cos(x, y) - 1) / temperature) for all pairs of [B, N, C] and [B, M, C] -> [B, N, M]."""
-    norms = x.norm(dim=2, keepdim=True) @ y.norm(dim=2, keepdim=True).transpose(1, 2)
-    cosine = (x @ y.transpose(1, 2)) / (norms + 1e-6)
-    return torch.exp((cosine - 1.0) / TEMPERATURE)
+    return torch.exp((_unit(x) / TEMPERATURE) @ _unit(y).transpose(1, 2) - 1.0 / TEMPERATURE)
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    """Vectors [B, N, C] at length 1; those of length 0 stay."""
+    return x / (torch.sqrt((x * x).sum(2, keepdim=True)) + 1e-9)

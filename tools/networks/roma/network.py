@@ -23,7 +23,7 @@ from matchanything_tools.networks.vgg import VGG19
 ENCODED = {16: 1024, 8: 512, 4: 256, 2: 128, 1: 64}  # channels of the encoders by stride; "16" is the patch of 14
 ATTENUATION = 0.5
 
-Features = dict[int, torch.Tensor]
+Features = dict[int, torch.Tensor]  # by stride [2, H, W, C]
 State = tuple[int, torch.Tensor, torch.Tensor]  # stride, flow [2, 2, h, w], certainty logit [2, 1, h, w]
 
 
@@ -72,16 +72,18 @@ class Roma(nn.Module):
         self.decoder.gps["16"].bake(height // PATCH, width // PATCH)
         for block in self.decoder.embedding_decoder.blocks:
             block.attn.bake()
-        self.encoder.to(dtype)
-        self.decoder.proj.to(dtype)
-        self.decoder.embedding_decoder.blocks.to(dtype)
         for stride, refiner in list(self.decoder.conv_refiner.items()):
             if int(stride) < self.finest:
                 del self.decoder.conv_refiner[stride], self.decoder.proj[stride]
                 continue
-            refiner.bake()
-            for part in (refiner.disp_emb, refiner.block1, refiner.hidden_blocks):
-                part.to(dtype)
+            # Those of stride 16 go to the Gaussian process and the transformer as well: they stay as they are.
+            refiner.bake(None if stride == "16" or refiner.radius is None else self.decoder.proj[stride][0])
+            if dtype == torch.float16:
+                refiner.half()
+        self.encoder["cnn"].widen()
+        self.encoder.to(dtype)
+        self.decoder.proj.to(dtype)
+        self.decoder.embedding_decoder.blocks.to(dtype)
         return self
 
     def forward(self, coarse: torch.Tensor, fine: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +105,7 @@ class Roma(nn.Module):
         low = _resize(low, flow.shape[2:])
         # The sign is as trained: half of a negative coarse logit is taken away, which raises the certainty.
         certainty = torch.sigmoid(certainty - ATTENUATION * low.clamp(max=0.0))
-        inside = (flow.abs() <= 1.0).all(1, keepdim=True)
+        inside = torch.maximum(flow[:, :1].abs(), flow[:, 1:].abs()) <= 1.0
         return flow, certainty * inside
 
     def first_pass(self, images: torch.Tensor) -> Iterator[State]:
@@ -112,7 +114,7 @@ class Roma(nn.Module):
         features = self._fine_features(images)
         tokens = self._project_tokens(images)
         flow, certainty = self.match_globally(tokens, height, width)
-        features[16] = tokens.transpose(1, 2).unflatten(2, (height, width))
+        features[16] = tokens.unflatten(1, (height, width))
         yield from self._refine(features, flow, certainty, (16, 8, 4, 2, 1), images.shape[2:], 1.0)
 
     def second_pass(
@@ -122,8 +124,6 @@ class Roma(nn.Module):
         height, width = images.shape[2:]
         zoom = ((height * width) / (first[0] * first[1])) ** 0.5
         features = self._fine_features(images)
-        size = features[8].shape[2:]
-        flow, certainty = _resize(flow, size), _resize(certainty, size)
         yield from self._refine(features, flow, certainty, (8, 4, 2, 1), (height, width), zoom)
 
     def match_globally(self, tokens: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,7 +144,11 @@ class Roma(nn.Module):
     def _fine_features(self, images: torch.Tensor) -> Features:
         encoder = self.encoder["cnn"]
         features: Features = encoder(images.to(encoder.layers[0].weight.dtype))
-        return {stride: self.decoder.proj[str(stride)](x) for stride, x in features.items() if stride >= self.finest}
+        return {
+            stride: self.decoder.proj[str(stride)](x).permute(0, 2, 3, 1)
+            for stride, x in features.items()
+            if stride >= self.finest
+        }
 
     def _refine(
         self,
@@ -155,17 +159,18 @@ class Roma(nn.Module):
         image: tuple[int, int] | torch.Size,
         zoom: float,
     ) -> Iterator[State]:
+        state = torch.cat((flow, certainty), 1)
         for stride in strides:
             if stride < self.finest:
                 return
             x = features[stride]
-            if flow.shape[2:] != x.shape[2:]:
-                flow, certainty = _resize(flow, x.shape[2:]), _resize(certainty, x.shape[2:])
-            delta = self.decoder.conv_refiner[str(stride)](x, _swap(x), flow, zoom)
-            # A correction is counted in quarters of a full-resolution pixel, times the stride.
-            step = torch.tensor([stride / (4 * image[1]), stride / (4 * image[0])]).view(1, 2, 1, 1)
-            flow, certainty = flow + step * delta[:, :2], certainty + delta[:, 2:]
-            yield stride, flow, certainty
+            if state.shape[2:] != x.shape[1:3]:
+                state = _resize(state, x.shape[1:3])
+            delta = self.decoder.conv_refiner[str(stride)](x, state[:, :2], zoom)
+            # A correction of the flow is counted in quarters of a full-resolution pixel, times the stride.
+            step = torch.tensor([stride / (4 * image[1]), stride / (4 * image[0]), 1.0]).view(1, 3, 1, 1)
+            state = state + step * delta
+            yield stride, state[:, :2], state[:, 2:]
 
 
 def symmetric_warp(flow: torch.Tensor, certainty: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The convolutional refiners of RoMa: one for each stride, adding to flow and certainty."""
+"""Convolutional refinement of flow and certainty."""
 
 from __future__ import annotations
 
@@ -16,52 +16,89 @@ HIDDEN_BLOCKS = 8
 
 
 class ConvRefiner(nn.Module):
-    """Features x, y [B, C, H, W] and flow [B, 2, H, W] -> raw correction [B, 3, H, W]: flow (x, y) and certainty."""
+    """Features of both images [2, H, W, C] and flow [2, 2, H, W] -> raw correction [2, 3, H, W] of flow and certainty.
+
+    Where there is a correlation, it needs features times `gain`: their products are then divided by sqrt(C).
+    """
 
     def __init__(self, stride: int) -> None:
         super().__init__()
         self.radius = RADIUS.get(stride)
+        self.gain = FEATURES[stride] ** -0.25
         self.inputs = 2 * FEATURES[stride] + EMBEDDING[stride]
         width = self.inputs + (0 if self.radius is None else (2 * self.radius + 1) ** 2)
         self.disp_emb = nn.Conv2d(2, EMBEDDING[stride], 1)
         self.block1 = _block(width)
         self.hidden_blocks = nn.Sequential(*(_block(width) for _ in range(HIDDEN_BLOCKS)))
-        self.out_conv = nn.Conv2d(width, 3, 1)
+        self.out_conv: nn.Module = nn.Conv2d(width, 3, 1)
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor, flow: torch.Tensor, zoom: float) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, flow: torch.Tensor, zoom: float) -> torch.Tensor:
         """zoom: size of this pass over the size of the first."""
-        sampled = F.grid_sample(y.float(), flow.permute(0, 2, 3, 1), align_corners=False).to(x.dtype)
-        displacement = (40 / 32 * zoom) * (flow - pixel_grid(*flow.shape[2:]))
-        parts = [x, sampled, self.disp_emb(displacement.to(x.dtype))]
+        displacement = ((40 / 32 * zoom) * (flow - pixel_grid(*flow.shape[2:]))).to(features.dtype)
+        embedding = F.linear(
+            displacement.flatten(2).transpose(1, 2), self.disp_emb.weight[:, :, 0, 0], self.disp_emb.bias
+        )
+        parts = [features, _sample(features, flow), embedding.unflatten(1, flow.shape[2:])]
         if self.radius is not None:
-            parts.append(local_correlation(x, y, flow, self.radius))
-        hidden = self.hidden_blocks(self.block1(torch.cat(parts, 1)))
-        return self.out_conv(hidden.float())
+            scaled = features if self.gain == 1 else features * self.gain
+            parts.append(local_correlation(scaled, flow, self.radius))
+        x = torch.cat(parts, 3).permute(0, 3, 1, 2)
+        if isinstance(self.out_conv, _Head):
+            return self.out_conv(self.hidden_blocks(x))
+        return self.out_conv(self.hidden_blocks(self.block1(x)).float())
 
     @torch.no_grad()
-    def bake(self) -> ConvRefiner:
+    def bake(self, projection: nn.Conv2d | None = None) -> ConvRefiner:
         """Reshape it for export, when its batch norms are folded; no result changes.
 
         Channels that are always zero widen it to a multiple of 64 (of 8 where narrow): the published widths (1377,
-        1137, 569) keep matrix units idle. They stand after the displacement's, whose convolution can make zeros.
-        The depthwise convolutions lose their biases: with one, cuDNN has a kernel half as fast only.
+        1137, 569) keep matrix units idle. They stand after the displacement's, whose product can make zeros. One of
+        them becomes the constant 1, whose weights are the biases of the 1x1 convolutions: then these are plain
+        products. The last of them and the head are one product, since nothing stands between them.
+        projection: what makes the features; it takes the `gain` if given, and the first weights here undo that.
         """
-        width = self.out_conv.in_channels
+        width = self.out_conv.get_parameter("weight").shape[1]
         extra = -width % (64 if width > 256 else 8)
-        for block in (self.block1, *self.hidden_blocks):
+        blocks = [self.block1, *self.hidden_blocks]
+        baked: list[nn.Module] = []
+        if projection is not None:
+            projection.weight.mul_(self.gain)
+            assert projection.bias is not None
+            projection.bias.mul_(self.gain)
+            channels = 2 * projection.out_channels
+            blocks[0][0].weight[:channels] /= self.gain
+            self.gain = 1.0
+        for block in blocks:
             depthwise, pointwise = block[0], block[3]
             weight, bias = (self._insert(x, 0, extra) for x in (depthwise.weight, depthwise.bias))
-            block[0] = _conv(weight, None, width + extra)
-            # relu(x + b) = max(x, -b) + b, and the following 1x1 convolution takes the b into its own bias.
-            block[2] = _AtLeast(-bias)
-            weight, own = (self._insert(x, 0, extra) for x in (pointwise.weight, pointwise.bias))
-            weight = self._insert(weight, 1, extra)
-            block[3] = _conv(weight, own + weight[:, :, 0, 0] @ bias)
-        self.out_conv = _conv(self._insert(self.out_conv.weight, 1, extra), self.out_conv.bias)
+            # relu(x + b) = max(x, -b) + b, and the following product takes the b into its own bias.
+            bound = -bias
+            mix, own = pointwise.weight[:, :, 0, 0], pointwise.bias
+            if block is blocks[-1]:
+                head = self.out_conv.weight[:, :, 0, 0]
+                mix, own = head @ mix, head @ own + self.out_conv.bias
+            else:
+                mix, own = self._insert(mix, 0, extra), self._insert(own, 0, extra)
+            mix = self._insert(mix, 1, extra)
+            own = own + mix @ bias
+            if extra:
+                bound[self.inputs] = 1.0
+                mix[:, self.inputs] = own
+            baked.append(_Depthwise(weight, bound))
+            baked.append((_Head if block is blocks[-1] else _Mix)(mix, None if extra else own))
+        self.out_conv = baked.pop()
+        self.hidden_blocks = nn.Sequential(*baked)
+        del self.block1
         embedding = self.disp_emb
         assert embedding.bias is not None
-        more = embedding.weight.new_zeros(extra, 2, 1, 1)
-        self.disp_emb = _conv(torch.cat((embedding.weight, more)), F.pad(embedding.bias, (0, extra)))
+        embedding.weight = _constant(torch.cat((embedding.weight, embedding.weight.new_zeros(extra, 2, 1, 1))))
+        embedding.bias = _constant(F.pad(embedding.bias, (0, extra)))
+        return self
+
+    def half(self) -> ConvRefiner:
+        """Everything in fp16 but the head."""
+        self.disp_emb.half()
+        self.hidden_blocks.half()
         return self
 
     def _insert(self, tensor: torch.Tensor, axis: int, count: int) -> torch.Tensor:
@@ -69,6 +106,51 @@ class ConvRefiner(nn.Module):
         shape = list(tensor.shape)
         shape[axis] = count
         return torch.cat((head, tensor.new_zeros(shape), tail), axis)
+
+
+class _Depthwise(nn.Module):
+    """5x5 convolution of each channel without a bias, with which cuDNN runs it at half the speed, and a lower bound."""
+
+    def __init__(self, weight: torch.Tensor, bound: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = _constant(weight)
+        self.bound = _constant(bound.reshape(1, -1, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.maximum(F.conv2d(x, self.weight, padding=2, groups=len(self.weight)), self.bound)
+
+
+class _Mix(nn.Module):
+    """1x1 convolution; without a bias, it is a product of matrices."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.weight = _constant(weight)
+        self.bias = None if bias is None else _constant(bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.bias is not None:
+            return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+        return F.linear(x.permute(0, 2, 3, 1), self.weight).permute(0, 3, 1, 2)
+
+
+class _Head(_Mix):
+    """The same to three channels, in float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.permute(0, 2, 3, 1).flatten(1, 2).float()
+        result = self.weight @ tokens.transpose(1, 2)
+        if self.bias is not None:
+            result = result + self.bias[:, None]
+        return result.unflatten(2, x.shape[2:])
+
+
+def _sample(features: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
+    """Features [2, H, W, C] of the other image, where the flow points."""
+    other = features.index_select(0, torch.tensor([1, 0])).float().permute(0, 3, 1, 2)
+    grid = torch.stack((flow[:, 0], flow[:, 1]), 3)
+    sampled = F.grid_sample(other, grid, align_corners=False)
+    return sampled.permute(0, 2, 3, 1).to(features.dtype)
 
 
 def _block(width: int) -> nn.Sequential:
@@ -80,29 +162,5 @@ def _block(width: int) -> nn.Sequential:
     )
 
 
-class _AtLeast(nn.Module):
-    """The larger of each value of [B, C, H, W] and its channel's bound [C]."""
-
-    def __init__(self, bound: torch.Tensor) -> None:
-        super().__init__()
-        self.bound = nn.Parameter(bound.reshape(1, -1, 1, 1), requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.maximum(x, self.bound)
-
-
-def _conv(weight: torch.Tensor, bias: torch.Tensor | None, groups: int = 1) -> nn.Conv2d:
-    """A convolution of stride 1 that keeps the size, with these weights."""
-    with torch.device("meta"):
-        conv = nn.Conv2d(
-            weight.shape[1] * groups,
-            weight.shape[0],
-            weight.shape[2],
-            padding=weight.shape[2] // 2,
-            groups=groups,
-            bias=bias is not None,
-        )
-    conv.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        conv.bias = nn.Parameter(bias, requires_grad=False)
-    return conv
+def _constant(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.contiguous(), requires_grad=False)
