@@ -28,6 +28,8 @@ from matchanything_tools.baselines import sift
 from matchanything_tools.evaluation_tables import tables
 from matchanything_tools.judgement import Record, failed, judge
 from matchanything_tools.pairs import ImagePair, read_pairs, shuffled_pairs
+from matchanything_tools.relative_pose import PoseRecord, judge_pose, pose_table
+from matchanything_tools.rooms import pose_pairs
 
 MatchFunction = Callable[[npt.NDArray[Any], npt.NDArray[Any]], Matches]
 
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--score-threshold", type=float, help="drop matches below this score (default: the bundle's)")
     parser.add_argument("--max-matches", type=int, help="keep the best so many (default: the bundle's)")
     parser.add_argument("--shuffled", type=int, default=0, metavar="N", help="also match N pairs of different places")
+    parser.add_argument("--poses", type=int, default=0, metavar="N", help="also N made pairs of known relative pose")
     parser.add_argument("--out", type=Path, help="folder for evaluation.md, evaluation.json and pictures of failures")
 
 
@@ -50,19 +53,26 @@ def run(args: argparse.Namespace) -> int:
     negatives = shuffled_pairs(pairs, args.shuffled)
     if args.shuffled and not negatives:
         raise UserError("No two pairs have different sources, so none can be shuffled: leave --shuffled out.")
+    rooms = pose_pairs([read_image(pair.files[0]) for pair in pairs], args.poses)
     methods: dict[str, list[Record]] = {}
+    poses: dict[str, list[PoseRecord]] = {}
     with nullcontext() if args.out is None else new_folder(args.out) as folder:
         if args.baseline == "sift":
             methods["SIFT"] = evaluate("SIFT", sift, [*pairs, *negatives], folder)
+            poses["SIFT"] = [judge_pose(room, sift) for room in rooms]
         for path in args.bundles:
             with Matcher(path, args.backend, args.score_threshold, args.max_matches) as matcher:
                 name = _unused(matcher.bundle.manifest.name, methods)
                 methods[name] = evaluate(name, matcher.match, [*pairs, *negatives], folder)
-        text = tables(methods)
+                poses[name] = [judge_pose(room, matcher.match) for room in rooms]
+        text = tables(methods) + (pose_table(poses) if rooms else "")
         if folder is not None:
             (folder / "evaluation.md").write_text(text, encoding="utf-8")
             document = {name: [asdict(record) for record in records] for name, records in methods.items()}
             (folder / "evaluation.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            if rooms:
+                angles = {name: [asdict(record) for record in records] for name, records in poses.items()}
+                (folder / "poses.json").write_text(json.dumps(angles, indent=1) + "\n", encoding="utf-8")
     print(text, end="")
     return 0
 
