@@ -19,6 +19,7 @@ from matchanything_tools.networks.batchnorm import fold_batch_norms
 from matchanything_tools.networks.dedode.network import DescriptorB, DescriptorG, Detector, detect
 from matchanything_tools.networks.dinov2 import PATCH, DinoV2
 from matchanything_tools.networks.sparse_pair import SparsePair
+from matchanything_tools.networks.vgg import VGG19
 
 MAX_KEYPOINTS = 10000
 DEFAULT_SIZES = ((784, 784),) * 3  # what it was trained at
@@ -142,6 +143,9 @@ def exportable(args: argparse.Namespace) -> Exportable:
     for part in (detector, descriptor):
         if part is not None and args.precision == "fp16":
             part.half()
+            for layer in part.modules():
+                if isinstance(layer, VGG19):
+                    layer.widen()
     common = {
         "family": "dedode",
         "variant": f"{_letter(detector)}{_letter(descriptor)}",
