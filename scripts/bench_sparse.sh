@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Speed of the sparse networks on a GPU, one command for every row: DeDoDe L+B at 512x512 with seeded weights (speed does
-# not depend on them), ALIKED t16 and n16 (n16rot has the same shapes) at 640x480 and 1241x376, against the PyTorch network.
+# not depend on them), ALIKED t16 and n16 (n16rot, which is n16 trained with rotations, has the same layers and so the same
+# speed) at 640x480 and 1241x376, against the PyTorch network as it is, in autocast, in a CUDA graph, and compiled.
 # usage, from the repository: scripts/bench_sparse.sh OUT [backend, default onnxruntime-cuda]
 set -eu
 out=$1 backend=${2:-onnxruntime-cuda}
@@ -26,7 +27,13 @@ done
 for pid in "${pids[@]}"; do wait "$pid"; done
 weights="test/data/weights/aliked-t16.pth test/data/weights/aliked-n16.pth $out/dedode_detector_L.pth $out/dedode_descriptor_B.pth"
 # In parts, so that what was measured is there if the time runs out. The speedup column is against the first row of a bundle.
-$run bench "$out"/dedode_k1024_fp16.onnx "$out"/aliked_t16_480x640_k1000_fp16.onnx "$out"/aliked_n16_480x640_k1000_fp16.onnx \
-    --backend "$backend" --against original pytorch-graph --weights $weights --runs 30 --warm-up 5 --out "$out/bench_main.json"
-$run bench "$out"/dedode_k{2048,3840,8192}_fp16.onnx "$out"/aliked_*376x1241*.onnx "$out"/aliked_*480x640_k2000*.onnx \
-    --backend "$backend" --against original --weights $weights --runs 30 --warm-up 5 --out "$out/bench_rest.json"
+bench() { # NAME bundles and further arguments...
+    $run bench "${@:2}" --backend "$backend" --weights $weights --out "$out/bench_$1.json"
+}
+bench main "$out"/dedode_k1024_fp16.onnx "$out"/aliked_{t16,n16}_480x640_k1000_fp16.onnx --against original original-autocast \
+    pytorch-graph --runs 30 --warm-up 5
+bench rest "$out"/dedode_k{2048,3840,8192}_fp16.onnx "$out"/aliked_*376x1241*.onnx "$out"/aliked_*480x640_k2000*.onnx \
+    --against original --runs 30 --warm-up 5
+# torch.compile takes a minute or more for each network, and needs a C++ compiler; 5 pairs first: it records on the second.
+bench compiled "$out"/aliked_{t16,n16}_480x640_k1000_fp16.onnx "$out"/dedode_k1024_fp16.onnx --against original-compiled \
+    --runs 30 --warm-up 5
