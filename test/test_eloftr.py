@@ -23,6 +23,7 @@ from matchanything_tools.networks.eloftr import coarse, fine, network, preproces
 from matchanything_tools.networks.eloftr.backbone import RepVGG, RepVGGBlock
 from matchanything_tools.networks.eloftr.layouts import published_keys
 from matchanything_tools.networks.eloftr.network import EfficientLoFTR, Published
+from matchanything_tools.networks.eloftr.upsampling import Double, double
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
@@ -69,21 +70,24 @@ def test_golden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     height, width = images[0].shape[2:]
     net = EfficientLoFTR(published(), 1024, size=(height, width), square="mask" in name).eval()
     seen: list[torch.Tensor] = []
-    confidence = coarse.confidence
+    confidences = coarse.confidences
 
-    def recorded(*features: torch.Tensor) -> torch.Tensor:
-        seen.extend([*features, confidence(*features)])
-        return seen[-1]
+    def recorded(*features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.extend([*features, *confidences(*features)])
+        return seen[-2], seen[-1]
 
-    monkeypatch.setattr(coarse, "confidence", recorded)
+    monkeypatch.setattr(coarse, "confidences", recorded)
     with torch.inference_mode():
         check_matches(name, [value.numpy() for value in net(*images)])
     golden = np.load(GOLDEN / f"{name}.npz")
-    maps = torch.stack(seen[:2]).reshape(2, 256, height // 8, width // 8)
+    rows, columns = height // 32, width // 32
+    maps = torch.cat([transformer.from_blocks(x.reshape(16, -1, 1, 256), rows, columns) for x in seen[:2]])
     ours, theirs = maps.numpy()[:, ::32, ::4, ::4], golden["coarse_c32"]
     assert not theirs[:, :, ours.shape[2] :].any()  # padding
     assert np.abs(ours - theirs[:, :, : ours.shape[2]]).max() < 1e-3  # conditioning: 2.2e-4, of values of rms 3
-    conf = seen[2].numpy()
+    cell = torch.arange(height * width // 64).reshape(1, 1, height // 8, width // 8)
+    order = transformer.to_blocks(cell, rows, columns).flatten().argsort()  # from blocks to lines
+    conf = (seen[2] * seen[3].T)[order][:, order].numpy()
     index = golden["conf_top_ij"]
     valid = (index < conf.shape[0]).all(1)  # the maps have one width, so that rows of padding are numbered last
     assert valid.sum() > 1000
@@ -138,13 +142,14 @@ def test_wrong_checkpoints() -> None:
     assert len(str(caught.value)) < 900
 
 
-def test_fused_backbone_equals_trained_form() -> None:
+@pytest.mark.parametrize("striped", [False, True])
+def test_fused_backbone_equals_trained_form(striped: bool) -> None:
     backbone = published().backbone.eval()
     image = torch.rand(1, 1, 64, 96, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        trained = backbone(image)
-        backbone.fuse()
-        fused = backbone(image)
+        trained = backbone(image, 24, 16)
+        backbone.fuse(striped)
+        fused = backbone(image, 24, 16)
     assert not any(isinstance(part, RepVGGBlock) for part in backbone.modules()) and isinstance(backbone, RepVGG)
     for before, after in zip(trained, fused, strict=True):
         assert (before - after).abs().max() < 1e-5 * before.abs().max()
@@ -164,21 +169,22 @@ def test_padding_that_is_left_out_changes_nothing(monkeypatch: pytest.MonkeyPatc
 
 
 def test_best_pairs_are_those_of_the_whole_matrix() -> None:
-    """Whatever is above 1 / (PARTNERS + 1) is found, best first, where rows sum to at most 1 as confidences do."""
+    """Whatever is above 1 / (PARTNERS + 1) is found, best first, where factors sum to at most 1 as softmaxes do."""
     generator = torch.Generator().manual_seed(3)
-    size0, size1 = (9, 7), (6, 8)
-    conf = torch.softmax(9 * torch.rand(63, 48, generator=generator), 1)
+    over1 = torch.softmax(9 * torch.rand(63, 48, generator=generator), 1)
     row = 4 * 7 + 3
-    conf[row] = 0
-    conf[row, torch.arange(48).reshape(6, 8)[2:4, 2:6].flatten()] = torch.linspace(0.11, 0.14, 8)  # many partners
-    mask0, mask1 = torch.zeros(size0), torch.zeros(size1)
+    over1[row] = 0
+    over1[row, torch.arange(48).reshape(6, 8)[2:4, 2:6].flatten()] = torch.linspace(0.11, 0.14, 8)  # many partners
+    over0 = 1 - 0.1 * torch.rand(48, 63, generator=generator)
+    mask0, mask1 = torch.zeros(9, 7), torch.zeros(6, 8)
     mask0[2:-2, 2:-2], mask1[2:-2, 2:-2] = 1, 1
+    conf = over1 * over0.T
     inside = conf * mask0.reshape(-1, 1) * mask1.reshape(1, -1)
     expected = inside.flatten().sort(descending=True)[0]
     expected = expected[expected > 1 / (coarse.PARTNERS + 1)]
     assert len(expected) > 10 and (conf > expected[-1]).sum() > len(expected)  # some lie in the border
     for count in (1, 13, 120, 700):
-        scores, cells0, cells1 = coarse.best_pairs(conf, size0, size1, count)
+        scores, cells0, cells1 = coarse.best_pairs(over1, over0, mask0.flatten(), mask1.flatten(), count)
         assert scores.shape == cells0.shape == cells1.shape == (count,)
         real = min(count, len(expected))
         assert torch.equal(scores[:real], expected[:real])
@@ -187,12 +193,25 @@ def test_best_pairs_are_those_of_the_whole_matrix() -> None:
         assert len({*zip(cells0[found].tolist(), cells1[found].tolist(), strict=True)}) == int(found.sum())
 
 
+def test_cells_are_numbered_by_blocks() -> None:
+    cells = coarse.make_cells(8, 12, stride=50, first=1000, device=torch.device("cpu"))
+    corner = torch.stack(torch.meshgrid(torch.arange(12.0), torch.arange(8.0), indexing="xy"), 0) * 8
+    expected = transformer.to_blocks(corner[None], 2, 3)[:, :, 0].reshape(96, 2)
+    assert torch.equal(cells.corner, expected)
+    column, row = (expected / 8).T
+    assert torch.equal(cells.inside > 0, (row >= 2) & (row < 6) & (column >= 2) & (column < 10))
+    inside = cells.inside > 0
+    assert torch.equal(cells.window[inside], (1000 + 4 * 50 * row + 4 * column).long()[inside])
+    assert cells.window.min() - 50 - 1 >= 1000 and cells.window.max() + 4 * 50 + 4 < 1000 + 32 * 50
+
+
 def test_windows_equal_those_cut_at_full_resolution() -> None:
     features = torch.rand(1, 64, 32, 48, generator=torch.Generator().manual_seed(4))  # half of 64 x 96
     full = F.interpolate(features, scale_factor=2, mode="bilinear", align_corners=False)
     cells = torch.tensor([2 * 12 + 2, 5 * 12 + 9, 3 * 12 + 4])
     refinement = fine.Refinement()
-    cut = fine.windows(features, cells, 12)
+    table = features[0].flatten(1).T
+    cut = fine.windows(table, 4 * (cells // 12) * 48 + 4 * (cells % 12), 48)
     for row, cell in enumerate(cells.tolist()):
         y, x = 8 * (cell // 12), 8 * (cell % 12)
         window0 = full[0, :, y : y + 8, x : x + 8].flatten(1).T
@@ -205,12 +224,18 @@ def test_windows_equal_those_cut_at_full_resolution() -> None:
 def test_upsampling_by_matrix_equals_interpolation() -> None:
     rows, columns = 3, 5
     message = torch.rand(rows * columns, 2, 16, generator=torch.Generator().manual_seed(5))
-    grid = transformer.make_grid(rows, columns, 1.0, torch.empty(0))
-    fixed = network._FixedGrid(grid)()
-    assert fixed.upsampling is not None and grid.upsampling is None
-    unit = torch.eye(16)
-    by_matrix, interpolated = (transformer._upsample(message, unit, each) for each in (fixed, grid))
-    assert torch.allclose(by_matrix, interpolated, atol=1e-6)
+    interpolated = transformer.make_grid(rows, columns, 1.0, torch.empty(0))
+    by_matrix, *_ = network._Fixed((32 * rows, 32 * columns), (0, 0), 1.0, torch.float32)()
+    assert by_matrix.upsampling is not None and interpolated.upsampling is None
+    results = [transformer._upsample(message, grid) for grid in (by_matrix, interpolated)]
+    assert torch.allclose(*results, atol=1e-6)
+
+
+def test_doubling_by_matrices_equals_interpolation() -> None:
+    image = torch.rand(2, 7, 5, 6, generator=torch.Generator().manual_seed(6))
+    padded = F.pad(image, (0, 1, 0, 2))
+    doubled = Double(5, 6, below=2, right=1)(image.permute(0, 3, 2, 1))
+    assert torch.allclose(doubled, double(padded), atol=1e-6)
 
 
 def test_positions_are_rescaled_to_training_size() -> None:

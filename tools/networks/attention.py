@@ -17,6 +17,8 @@ from onnxscript import script
 from onnxscript.values import Opset
 from torch import nn
 
+from matchanything_tools.networks.products import FusedMatMul
+
 _DOMAIN = "com.microsoft"
 
 
@@ -122,10 +124,10 @@ def SkipLayerNormalization(input, skip, gamma, beta, bias, epsilon: float):  # t
 
 
 def add_function_bodies(model: onnx_ir.Model) -> None:
-    """Give the nodes of this file in an exported model, if there are any, their bodies in standard operators."""
-    for body in (MultiHeadAttention, SkipLayerNormalization):
-        nodes = [node for node in model.graph if node.domain == _DOMAIN and node.op_type == body.name]
-        if nodes:
+    """Give the nodes of an exported model that are ONNX Runtime's own their bodies in standard operators."""
+    used = {node.op_type for node in model.graph if node.domain == _DOMAIN}
+    for body in (MultiHeadAttention, SkipLayerNormalization, FusedMatMul):
+        if body.name in used:
             function = onnx_ir.from_proto(body.to_function_proto())
             assert isinstance(function, onnx_ir.Function)
             model.functions[function.identifier()] = function

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,34 +11,68 @@ from torch.nn import functional as F
 
 from matchanything_tools.networks.topk import topk
 
+from .transformer import to_blocks
+
+CELL = 8  # pixels of a cell
 TEMPERATURE = 0.1
 BORDER = 2  # cells at the border of the valid area that are never matched
 PARTNERS = 9  # of one cell, at most; see best_pairs
 
 
-def confidence(features0: Tensor, features1: Tensor) -> Tensor:
-    """[C, N0] and [C, N1] -> confidence [N0, N1]: softmax over image 0 times softmax over image 1, in their precision.
+class Cells(NamedTuple):
+    """The cells of an image in the order of the transformer's blocks.
 
-    There is no mutual nearest neighbour test: a cell may have several partners, as in the original.
+    inside: [N] float32, 1 where a cell may be matched and 0 in the border. corner: [N, 2] float32, (x, y) of its first
+    pixel. window: [N] int64, index of that pixel in the fine features, half as large, as one row of pixels.
     """
-    width = features0.shape[0]
-    similarity = (features0 * (1 / (width * TEMPERATURE))).T @ features1
-    return torch.softmax(similarity, 0) * torch.softmax(similarity, 1)
+
+    inside: Tensor
+    corner: Tensor
+    window: Tensor
 
 
-def best_pairs(conf: Tensor, size0: tuple[int, int], size1: tuple[int, int], count: int) -> tuple[Tensor, ...]:
-    """The `count` largest entries of conf [h0 * w0, h1 * w1], best first: float32 scores [K], cells i [K] and j [K].
+def make_cells(rows: int, columns: int, stride: int, first: int, device: torch.device) -> Cells:
+    """rows, columns: cells. stride: pixels in a row of the fine features. first: index of the first of them."""
+    row, column = torch.arange(rows, device=device), torch.arange(columns, device=device)
+    inside = _inside(row, rows)[:, None] * _inside(column, columns)
 
-    Each row gives its PARTNERS largest entries, and the K largest of these are taken. Confidences of a row sum to at
-    most 1, so that this holds every entry above 1 / (PARTNERS + 1), whatever the matrix: all that the threshold of the
-    published configuration lets pass. Pairs in the border, and rows added where there are fewer than K, have score 0.
+    def table(values: Tensor) -> Tensor:
+        return to_blocks(values.expand(rows, columns)[None, None], rows // 4, columns // 4).reshape(-1)
+
+    x, y = (table(values.float() * CELL) for values in (column, row[:, None]))
+    half = CELL // 2
+    window = table(row[:, None] * (half * stride) + column * half)
+    # Within what can be read: this moves windows at the border only, which are never matched.
+    window = window.clamp(stride + 1, (half * rows - 4) * stride - 5) + first
+    return Cells(table(inside), torch.stack([x, y], 1), window)
+
+
+def confidences(features0: Tensor, features1: Tensor) -> tuple[Tensor, Tensor]:
+    """[N0, C] and [N1, C] -> softmax over image 1 [N0, N1], softmax over image 0 [N1, N0], in their precision.
+
+    The confidence of a pair is their product. The similarities are computed twice, because a second product costs less
+    than to transpose the largest matrix of the network.
     """
-    (h0, w0), (h1, w1) = size0, size1
-    best, partner = torch.topk(conf, PARTNERS)
-    allowed = _inside(h0, w0, conf.device)[:, None] * _inside(h1, w1, conf.device).index_select(
-        0, partner.reshape(-1)
-    ).reshape(-1, PARTNERS)
-    scores, place = _largest((best.float() * allowed).reshape(-1), count)
+    width = features0.shape[1]
+    scaled = features0 * (1 / (width * TEMPERATURE))
+    return torch.softmax(scaled @ features1.T, 1), torch.softmax(features1 @ scaled.T, 1)
+
+
+def best_pairs(over1: Tensor, over0: Tensor, inside0: Tensor, inside1: Tensor, count: int) -> tuple[Tensor, ...]:
+    """The `count` most confident pairs, best first: float32 scores [K], cells i [K] and j [K].
+
+    over1 [N0, N1] and over0 [N1, N0]: see `confidences`. Each row of over1 gives its PARTNERS largest entries, and the
+    K most confident of these pairs are taken. A confidence is at most its factor, and factors of a row sum to 1: this
+    holds every pair above 1 / (PARTNERS + 1), all that the threshold of the published configuration lets pass. There is
+    no mutual nearest neighbour test: a cell may have several partners, as in the original. Pairs in the border, and
+    rows added where there are fewer than K, have score 0.
+    """
+    best, partner = torch.topk(over1, PARTNERS)
+    cells0 = over1.shape[0]
+    place = partner * cells0 + torch.arange(cells0, device=partner.device)[:, None]
+    other = over0.reshape(-1).index_select(0, place.reshape(-1)).reshape(-1, PARTNERS)
+    allowed = inside0[:, None] * inside1.index_select(0, partner.reshape(-1)).reshape(-1, PARTNERS)
+    scores, place = _largest((best.float() * other.float() * allowed).reshape(-1), count)
     return scores, quotient(place, PARTNERS)[0], partner.reshape(-1).index_select(0, place)
 
 
@@ -62,18 +97,13 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if groups < 2:
         return topk(values, count)
     size = -(-length // groups)
-    table = F.pad(values, (0, groups * size - length), value=-1.0).reshape(groups, size)
+    surplus = groups * size - length
+    table = (F.pad(values, (0, surplus), value=-1.0) if surplus else values).reshape(groups, size)
     winners, place = topk(table, min(count, size))
     place = place + size * torch.arange(groups, device=values.device)[:, None]
     best, index = topk(winners.reshape(-1), count)
     return best, place.reshape(-1).index_select(0, index)
 
 
-def _inside(height: int, width: int, device: torch.device) -> Tensor:
-    """[height * width] float32: 1 where a cell may be matched, 0 in the border."""
-    rows, columns = (
-        ((index >= BORDER) & (index < length - BORDER)).to(torch.float32)
-        for length in (height, width)
-        for index in (torch.arange(length, device=device),)
-    )
-    return (rows[:, None] * columns).reshape(-1)
+def _inside(index: Tensor, length: int) -> Tensor:
+    return ((index >= BORDER) & (index < length - BORDER)).to(torch.float32)

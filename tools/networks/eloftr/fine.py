@@ -6,23 +6,28 @@ resolution and upsampled alone, by a constant matrix: the same numbers, without 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .backbone import conv_from, fold_batch_norm
 from .coarse import quotient
+from .upsampling import axis_weights
 
 CELL = 8  # pixels of a coarse cell
+Upsample = Callable[[Tensor], Tensor]
 MATCHING = 56  # channels of the first stage; the 8 others serve the second
 
 
 class FeaturePyramid(nn.Module):
     """Coarse features and backbone features at 1/4 and 1/2 -> fine features at 1/2. Names are the published keys."""
 
+    from_coarse: Tensor
+
     def __init__(self) -> None:
         super().__init__()
-        self.layer3_outconv: nn.Module = nn.Conv2d(256, 256, 1, bias=False)
+        self.layer3_outconv = nn.Conv2d(256, 256, 1, bias=False)
         self.layer2_outconv = nn.Conv2d(128, 256, 1, bias=False)
         self.layer2_outconv2 = _two_convs(256, 128)
         self.layer1_outconv = nn.Conv2d(64, 128, 1, bias=False)
@@ -30,31 +35,33 @@ class FeaturePyramid(nn.Module):
 
     def fuse(self) -> None:
         """Fold the batch norms, and the division of the coarse features by 16 (exact: a power of two)."""
-        assert isinstance(self.layer3_outconv, nn.Conv2d)
-        self.layer3_outconv = conv_from(self.layer3_outconv.weight / 16, None)
+        self.register_buffer("from_coarse", self.layer3_outconv.weight.detach()[:, :, 0, 0].T / 16)
+        del self.layer3_outconv
         for name in ("layer2_outconv2", "layer1_outconv2"):
             first, norm, activation, second = getattr(self, name)
             fused = conv_from(*fold_batch_norm(first.weight, norm))
             setattr(self, name, nn.Sequential(fused, activation, second))
 
-    def forward(self, coarse: Tensor, quarter: Tensor, half: Tensor) -> Tensor:
-        x = self.layer2_outconv2(_double(self.layer3_outconv(coarse)) + self.layer2_outconv(quarter))
-        return self.layer1_outconv2(_double(x) + self.layer1_outconv(half))
+    def forward(self, coarse: Tensor, quarter: Tensor, half: Tensor, to_quarter: Upsample, to_half: Upsample) -> Tensor:
+        """coarse [..., C] in any layout that to_quarter turns into a map twice as large; to_half does so with maps.
+
+        Returns a table [B * H/2 * W/2, 64], a row for each pixel.
+        """
+        x = self.layer2_outconv2(to_quarter(coarse @ self.from_coarse) + self.layer2_outconv(quarter))
+        x = self.layer1_outconv2(to_half(x) + self.layer1_outconv(half))
+        return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-def windows(features: Tensor, cells: Tensor, columns: int) -> Tensor:
-    """Cut 6x6 pixels at half resolution around every cell: what its 8x8 pixels and a ring of one are made of.
+def windows(features: Tensor, first: Tensor, stride: int) -> Tensor:
+    """Cut 6x6 pixels at half resolution around cells: what their 8x8 pixels and a ring of one are made of.
 
-    features [1, D, H/2, W/2]; cells [K], index = row * columns + column. Returns [K, 36, D].
+    features: a row of 64 channels for each pixel. first: [K], of each cell the row of its first pixel.
+    stride: pixels in a line. Returns [K, 36, 64]; nonsense for cells at the border, which are never matched.
     """
-    channels, height, width = features.shape[1], features.shape[2], features.shape[3]
-    offset = torch.arange(6, device=cells.device) - 1
-    row, column = quotient(cells, columns)
-    rows = (4 * row[:, None] + offset).clamp(0, height - 1)
-    cols = (4 * column[:, None] + offset).clamp(0, width - 1)
-    index = (rows[:, :, None] * width + cols[:, None, :]).reshape(-1)
-    table = features.reshape(channels, height * width).T
-    return table.index_select(0, index).reshape(-1, 36, channels)
+    offset = torch.arange(6, device=features.device) - 1
+    offsets = (offset[:, None] * stride + offset).reshape(-1)
+    index = (first[:, None] + offsets).reshape(-1)
+    return features.index_select(0, index).reshape(-1, 36, features.shape[1])
 
 
 class Refinement(nn.Module):
@@ -68,6 +75,7 @@ class Refinement(nn.Module):
     up1_inner_first: Tensor
     steps: Tensor
     wrapped: Tensor
+    place: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,6 +89,10 @@ class Refinement(nn.Module):
         side = (torch.arange(8)[:, None] + step) % 10  # [8, 3]
         wrapped = side[:, None, :, None] * 10 + side[None, :, None, :]
         self.register_buffer("wrapped", wrapped.reshape(64, 9), persistent=False)
+        # (x, y) of the 64 pixels from their cell's corner; the half pixels are part of what was trained.
+        pixel = torch.arange(CELL).float() - (CELL - 1) / 2
+        place = torch.stack([pixel.repeat(CELL), pixel.repeat_interleave(CELL)], 1)
+        self.register_buffer("place", place, persistent=False)
 
     def forward(self, windows0: Tensor, windows1: Tensor) -> tuple[Tensor, Tensor]:
         # Constant matrices stand on the right of every product: runtimes then see one large product, not K small ones.
@@ -94,33 +106,22 @@ class Refinement(nn.Module):
         pixel0, pixel1 = quotient(conf.flatten(1).argmax(1), 64)
 
         gram = last0 @ last1.transpose(1, 2)
-        correlation = (self.up0.index_select(0, pixel0)[:, None] @ gram)[:, 0] @ self.up1.T * (1 / 8**0.5)
-        window = correlation.gather(1, self.wrapped.index_select(0, pixel1))
-        shift = torch.softmax(window / 10, 1) @ self.steps
-        return _from_corner(pixel0), _from_corner(pixel1) + shift
-
-
-def _from_corner(pixel: Tensor) -> Tensor:
-    """Index on the 8x8 grid [K] -> (x, y) float32 [K, 2]; the half pixels are part of what was trained."""
-    row, column = quotient(pixel, CELL)
-    return torch.stack([column, row], 1).float() - (CELL - 1) / 2
+        line = (self.up0.index_select(0, pixel0)[:, None] @ gram).flatten(1)
+        correlation = line @ self.up1.T * (1 / (8**0.5 * 10))  # the original divides by sqrt(8), then by 10
+        shift = torch.softmax(correlation.gather(1, self.wrapped.index_select(0, pixel1)), 1) @ self.steps
+        return self.place.index_select(0, pixel0), self.place.index_select(0, pixel1) + shift
 
 
 def _upsampling() -> tuple[Tensor, Tensor, Tensor]:
     """Bilinear weights from 6x6 half-resolution pixels: [64, 36] for 8x8 pixels, [100, 36] for 10x10, and the latter
     with the 64 inner pixels before the ring."""
-    position = (torch.arange(-1, 9) + 0.5) / 2 - 0.5
-    axis = (1 - (position[:, None] - torch.arange(-1, 5)).abs()).clamp(min=0)  # [10, 6]
+    axis = axis_weights(6, 2)[1:11]  # the window begins with the ring's second pixel
     inner = axis[1:9]
     up0, up1 = torch.kron(inner, inner), torch.kron(axis, axis)
     grid = torch.arange(100).reshape(10, 10)
     is_inner = torch.zeros(10, 10, dtype=torch.bool)
     is_inner[1:9, 1:9] = True
     return up0, up1, up1[torch.cat([grid[is_inner], grid[~is_inner]])]
-
-
-def _double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
 def _two_convs(channels: int, channels_out: int) -> nn.Sequential:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from . import coarse, fine
 from .backbone import RepVGG
-from .transformer import CoarseTransformer, Grid, from_blocks, linear_weights, make_grid, to_blocks
+from .coarse import CELL, Cells
+from .transformer import WIDTH, CoarseTransformer, Grid, block_weights, from_blocks, make_grid, to_blocks
+from .upsampling import Double, double
 
-CELL = 8  # pixels of a cell of the coarse map
 STEP = 32  # input sides are multiples of this: a cell times the 4x4 blocks of the transformer
 # Rows of padding that can reach the last row of coarse features: 119 pixels of receptive field, in whole cells.
 PADDING_SEEN = 120
@@ -52,48 +55,57 @@ class EfficientLoFTR(nn.Module):
     ) -> None:
         super().__init__()
         published.eval()
-        for part in (published.backbone, published.loftr_coarse, published.fine_preprocess):
-            part.fuse()
+        published.backbone.fuse(striped=half)
+        published.loftr_coarse.fuse()
+        published.fine_preprocess.fuse()
         self.max_matches, self.size, self.square, self.position_scale = max_matches, size, square, position_scale
         self.dtype = torch.float16 if half else torch.float32
         self.backbone = published.backbone.to(self.dtype)
         self.transformer = published.loftr_coarse.to(self.dtype)
         self.pyramid = published.fine_preprocess.to(self.dtype)
         self.refinement = fine.Refinement()
-        self.fixed = (
-            None
-            if size is None
-            else _FixedGrid(make_grid(*self._blocks(*size), position_scale, torch.empty(0, dtype=self.dtype)))
-        )
+        self.fixed = None if size is None else _Fixed(size, self._margins(*size), position_scale, self.dtype)
         self.requires_grad_(False)
 
     def forward(self, image0: Tensor, image1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        size0, size1 = self._cells(image0), self._cells(image1)
-        together = self.fixed is not None
-        if self.fixed is not None:
-            half, quarter, eighth = self._features(torch.cat([image0, image1]))
-            map0, map1 = eighth.split(1)
-            grid0 = grid1 = self.fixed()
-            pyramids = [(quarter, half)]
-        else:
-            half0, quarter0, map0 = self._features(image0)
-            half1, quarter1, map1 = self._features(image1)
-            grid0, grid1 = (
-                make_grid(*self._blocks(*image.shape[2:]), self.position_scale, map0) for image in (image0, image1)
-            )
-            pyramids = [(quarter0, half0), (quarter1, half1)]
-        map0, map1 = self._transform(map0, map1, grid0, grid1, together)
-
-        conf = coarse.confidence(map0.flatten(2)[0], map1.flatten(2)[0])
-        scores, cells0, cells1 = coarse.best_pairs(conf, size0, size1, self.max_matches)
-
-        maps = [torch.cat([map0, map1])] if together else [map0, map1]
-        features = [self._pyramid(*args) for args in zip(maps, *zip(*pyramids, strict=True), strict=True)]
-        features0, features1 = features[0].split(1) if together else features
-        offset0, offset1 = self.refinement(
-            fine.windows(features0, cells0, size0[1]), fine.windows(features1, cells1, size1[1])
+        first, second = (
+            self._separately(image0, image1)
+            if self.fixed is None
+            else self._together(torch.cat([image0, image1]), self.fixed)
         )
-        return _corner(cells0, size0[1]) + offset0, _corner(cells1, size1[1]) + offset1, scores
+        over1, over0 = coarse.confidences(first.coarse, second.coarse)
+        inside = first.cells.inside, second.cells.inside
+        scores, *indices = coarse.best_pairs(over1, over0, *inside, self.max_matches)
+        windows, corners = [], []
+        for image, index in zip((first, second), indices, strict=True):
+            pixel = image.cells.window.index_select(0, index)
+            windows.append(fine.windows(image.fine, pixel, image.stride))
+            corners.append(image.cells.corner.index_select(0, index))
+        offset0, offset1 = self.refinement(*windows)
+        return corners[0] + offset0, corners[1] + offset1, scores
+
+    def _together(self, images: Tensor, fixed: _Fixed) -> tuple[_Features, _Features]:
+        """Two images [2, 1, H, W] of the fixed size."""
+        half, quarter, eighth = self._features(images)
+        grid, cells0, cells1 = fixed()
+        both = self.transformer.together(to_blocks(eighth, grid.rows, grid.columns), grid)
+        table = self.pyramid(both, quarter, half, fixed.to_quarter, fixed.to_half)
+        map0, map1 = (part.reshape(-1, WIDTH) for part in both.split(1, 2))
+        stride = half.shape[3]
+        return _Features(map0, table, stride, cells0), _Features(map1, table, stride, cells1)
+
+    def _separately(self, *images: Tensor) -> list[_Features]:
+        """Two images [1, 1, H, W] of any sizes."""
+        maps = [self._features(image) for image in images]
+        grids = [make_grid(*self._blocks(*image.shape[2:]), self.position_scale, maps[0][2]) for image in images]
+        blocks = [to_blocks(eighth, grid.rows, grid.columns) for (_, _, eighth), grid in zip(maps, grids, strict=True)]
+        result = []
+        for x, (half, quarter, _), grid in zip(self.transformer(*blocks, *grids), maps, grids, strict=True):
+            rows, columns = grid.rows, grid.columns
+            table = self.pyramid(x, quarter, half, partial(_double_blocks, rows=rows, columns=columns), double)
+            cells = coarse.make_cells(4 * rows, 4 * columns, 16 * columns, 0, x.device)
+            result.append(_Features(x.reshape(-1, WIDTH), table, 16 * columns, cells))
+        return result
 
     def _features(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Backbone features at 1/2, 1/4 (these two with a margin of padding) and 1/8 (the valid part)."""
@@ -103,63 +115,86 @@ class EfficientLoFTR(nn.Module):
             return self.backbone(image)
         side = max(height, width)
         below, right = (min(side - length, PADDING_SEEN) for length in (height, width))
-        half, quarter, eighth = self.backbone(F.pad(image, (0, right, 0, below)))
-        rows, columns = (min(length // CELL + PYRAMID_MARGIN, side // CELL) for length in (height, width))
+        half, quarter, eighth = self.backbone(image, below, right)
+        rows, columns = (
+            length // CELL + margin
+            for length, margin in zip((height, width), self._margins(height, width), strict=True)
+        )
         return (
             half[:, :, : 4 * rows, : 4 * columns],
             quarter[:, :, : 2 * rows, : 2 * columns],
             eighth[:, :, : height // CELL, : width // CELL],
         )
 
-    def _transform(self, map0: Tensor, map1: Tensor, grid0: Grid, grid1: Grid, together: bool) -> tuple[Tensor, Tensor]:
-        x0, x1 = to_blocks(map0, grid0.rows, grid0.columns), to_blocks(map1, grid1.rows, grid1.columns)
-        x0, x1 = self.transformer(x0, x1, grid0, grid1, together)
-        return from_blocks(x0, grid0.rows, grid0.columns), from_blocks(x1, grid1.rows, grid1.columns)
-
-    def _pyramid(self, coarse_map: Tensor, quarter: Tensor, half: Tensor) -> Tensor:
-        if self.square:  # the transformer's output is zero in the padding
-            below = quarter.shape[2] // 2 - coarse_map.shape[2]
-            right = quarter.shape[3] // 2 - coarse_map.shape[3]
-            coarse_map = F.pad(coarse_map, (0, right, 0, below))
-        return self.pyramid(coarse_map, quarter, half)
-
-    def _cells(self, image: Tensor) -> tuple[int, int]:
-        return image.shape[2] // STEP * (STEP // CELL), image.shape[3] // STEP * (STEP // CELL)
+    def _margins(self, height: int, width: int) -> tuple[int, int]:
+        """Cells of padding below and on the right that the pyramid computes."""
+        side = max(height, width) if self.square else 0
+        below, right = (min(PYRAMID_MARGIN, max(side - length, 0) // CELL) for length in (height, width))
+        return below, right
 
     @staticmethod
     def _blocks(height: int, width: int) -> tuple[int, int]:
         return height // STEP, width // STEP
 
 
-class _FixedGrid(nn.Module):
-    """The grid of a fixed size, its tables stored and its upsampling as one matrix."""
+class _Features(NamedTuple):
+    """coarse [N, C]: a row for each of `cells`. fine: see FeaturePyramid; stride: pixels in one of its lines."""
+
+    coarse: Tensor
+    fine: Tensor
+    stride: int
+    cells: Cells
+
+
+def _double_blocks(x: Tensor, rows: int, columns: int) -> Tensor:
+    return double(from_blocks(x, rows, columns))
+
+
+class _Fixed(nn.Module):
+    """What depends on nothing but the size of both images: tables and constant matrices."""
 
     turn_query: Tensor
     turn_key: Tensor
     down: Tensor
     across: Tensor
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(
+        self, size: tuple[int, int], margins: tuple[int, int], position_scale: float, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.rows, self.columns = grid.rows, grid.columns
+        self.rows, self.columns = (length // STEP for length in size)
+        height, width = (length // CELL for length in size)
+        grid = make_grid(self.rows, self.columns, position_scale, torch.empty(0, dtype=dtype))
         tables = {
             "turn_query": grid.turn_query,
             "turn_key": grid.turn_key,
-            "down": linear_weights(grid.rows),
-            "across": linear_weights(grid.columns),
+            "down": block_weights(self.rows).to(dtype),
+            "across": block_weights(self.columns).to(dtype),
         }
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
+        self.double_blocks = Double(height, width, *margins).to(dtype)
+        self.double_map = Double(2 * (height + margins[0]), 2 * (width + margins[1])).to(dtype)
+        stride = 4 * (width + margins[1])
+        for image in (0, 1):  # the fine features of both are one table
+            first = image * stride * 4 * (height + margins[0])
+            for name, table in coarse.make_cells(height, width, stride, first, torch.device("cpu"))._asdict().items():
+                self.register_buffer(f"{name}{image}", table, persistent=False)
 
-    def forward(self) -> Grid:
-        # The product of the two axes is left to the graph, in fp32: runtimes fold it then, and a file need not hold it.
+    def forward(self) -> tuple[Grid, Cells, Cells]:
+        # The product of the two axes is left to the graph: runtimes fold it then, and a file need not hold it.
         matrix = self.down[:, None, :, None, :, None] * self.across[None, :, None, :, None, :]
-        matrix = matrix.reshape(16 * self.rows * self.columns, self.rows * self.columns)
-        matrix = F.pad(matrix, (0, -matrix.shape[1] % 8)).to(self.turn_query.dtype)
-        return Grid(self.rows, self.columns, self.turn_query, self.turn_key, matrix)
+        tokens = self.rows * self.columns
+        grid = Grid(self.rows, self.columns, self.turn_query, self.turn_key, matrix.reshape(tokens, 16 * tokens))
+        cells0, cells1 = (Cells(*(getattr(self, f"{name}{image}") for name in Cells._fields)) for image in (0, 1))
+        return grid, cells0, cells1
 
+    def to_half(self, x: Tensor) -> Tensor:
+        """Map [B, C, H, W] to twice the size."""
+        return self.double_map(x.permute(0, 3, 2, 1))
 
-def _corner(cells: Tensor, columns: int) -> Tensor:
-    """Cell indices [K] -> (x, y) of the cells' first pixels, float32 [K, 2]."""
-    row, column = coarse.quotient(cells, columns)
-    return torch.stack([column, row], 1).float() * CELL
+    def to_quarter(self, blocks: Tensor) -> Tensor:
+        """Blocks [16, T, B, C] -> map [B, C, H, W] twice as large."""
+        batch, channels = blocks.shape[2:]
+        x = blocks.reshape(4, 4, self.rows, self.columns, batch, channels).permute(4, 3, 1, 2, 0, 5)
+        return self.double_blocks(x.reshape(batch, 4 * self.columns, 4 * self.rows, channels))

@@ -2,7 +2,8 @@
 
 Queries are 4x4 blocks of the coarse map summed by a depthwise convolution, keys and values its 4x4 maxima; the message
 comes back to every cell by bilinear upsampling. Here a map is kept as [16, T, B, C], the cells of a block first: then
-both kinds of pooling are plain reductions over the first axis, and upsampling is one matrix product.
+both kinds of pooling are plain reductions over the first axis, and upsampling is one matrix product. Two images of one
+size are B = 2; to attention, which must not mix them, they are twice as many heads.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from matchanything_tools.networks.attention import attention
+from matchanything_tools.networks.products import transposed_matmul
+
+from .upsampling import axis_weights
 
 WIDTH, HEADS, BLOCK = 256, 8, 4
 
@@ -24,7 +28,7 @@ class Grid(NamedTuple):
 
     turn_query, turn_key: [T, 1, 2 C] and [T, 1, 3 C], the rotary position encoding as factors of what the projections
     give: cosines for queries or keys, sines for the same with channels swapped, ones for values.
-    upsampling: [16 T, T padded to a multiple of 8], or None to interpolate.
+    upsampling: [T, 16 T], transposed for `transposed_matmul`; or None to interpolate.
     """
 
     rows: int
@@ -83,20 +87,31 @@ class AggregatedAttention(nn.Module):
 
     def forward(self, x: Tensor, source: Tensor, grid: Grid, source_grid: Grid) -> Tensor:
         """x [16, T, B, C] attends to source [16, S, B, C]; returns the new x."""
+        return self.update(x, self.queries(x, grid), source, grid, source_grid)
+
+    def queries(self, x: Tensor, grid: Grid) -> Tensor:
+        """[16, T, B, C] -> [T, B, C]."""
         # A product with ones sums over the first axis in the type that is there: for sum() and amax() of fp16 the
         # exporter inserts casts to fp32 and back.
         pooled = (self.ones @ (x * self.pooling).flatten(1)).reshape(x.shape[1:])
         queries = self.norm1(pooled) @ self.to_query
+        if not self.rotary:
+            return queries
+        query, turned = (queries * grid.turn_query).split(WIDTH, -1)
+        return query + turned
+
+    def update(self, x: Tensor, query: Tensor, source: Tensor, grid: Grid, source_grid: Grid) -> Tensor:
+        """x with the messages from source to its queries."""
         keys_values = self.norm1(_block_maximum(source)) @ self.to_key_value
         if self.rotary:
-            query, turned = (queries * grid.turn_query).split(WIDTH, -1)
-            key, turned_key, value = (keys_values * source_grid.turn_key).split(WIDTH, -1)
-            query, key = query + turned, key + turned_key
+            key, turned, value = (keys_values * source_grid.turn_key).split(WIDTH, -1)
+            key = key + turned
         else:
-            query = queries
             key, value = keys_values.split(WIDTH, -1)
-        message = _swapped(attention(_swapped(query), _swapped(key), _swapped(value), HEADS))
-        hidden = F.leaky_relu(x @ self.from_cell + _upsample(message, self.from_message, grid))
+        flat_query, key, value = (part.flatten(1)[None] for part in (query, key, value))
+        message = attention(flat_query, key, value, x.shape[2] * HEADS)
+        message = message.reshape(query.shape) @ self.from_message
+        hidden = F.leaky_relu(x @ self.from_cell + _upsample(message, grid))
         return x + self.norm2(hidden @ self.to_cell)
 
 
@@ -111,19 +126,28 @@ class CoarseTransformer(nn.Module):
         for layer in self.layers:
             layer.fuse()  # type: ignore[operator]
 
-    def forward(self, x0: Tensor, x1: Tensor, grid0: Grid, grid1: Grid, together: bool) -> tuple[Tensor, Tensor]:
-        """Feature blocks [16, T, 1, C] of both images -> the same. together: both have one size, so that self attention
-        may run on both at once."""
+    def forward(self, x0: Tensor, x1: Tensor, grid0: Grid, grid1: Grid) -> tuple[Tensor, Tensor]:
+        """Feature blocks [16, T, 1, C] of both images, which may differ in size -> the same."""
         for index, layer in enumerate(self.layers):
             if index % 2:  # image 1 attends to image 0 as already updated
                 x0 = layer(x0, x1, grid0, grid1)
                 x1 = layer(x1, x0, grid1, grid0)
-            elif together:
-                both = torch.cat([x0, x1], 2)
-                x0, x1 = layer(both, both, grid0, grid0).split(1, 2)
             else:
                 x0, x1 = layer(x0, x0, grid0, grid0), layer(x1, x1, grid1, grid1)
         return x0, x1
+
+    def together(self, both: Tensor, grid: Grid) -> Tensor:
+        """The same for two images of one size, [16, T, 2, C]: what does not differ between them is done at once."""
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, AggregatedAttention)
+            if index % 2:
+                query0, query1 = layer.queries(both, grid).split(1, 1)
+                x0, x1 = both.split(1, 2)
+                x0 = layer.update(x0, query0, x1, grid, grid)
+                both = torch.cat([x0, layer.update(x1, query1, x0, grid, grid)], 2)
+            else:
+                both = layer(both, both, grid, grid)
+        return both
 
 
 def make_grid(rows: int, columns: int, scale: float, like: Tensor) -> Grid:
@@ -156,11 +180,6 @@ def from_blocks(x: Tensor, rows: int, columns: int) -> Tensor:
     return x.reshape(batch, channels, BLOCK * rows, BLOCK * columns)
 
 
-def _swapped(x: Tensor) -> Tensor:
-    """[T, B, C] -> [B, T, C] or back; without a copy where one image is alone."""
-    return x.reshape(x.shape[1], x.shape[0], x.shape[2]) if 1 in x.shape[:2] else x.transpose(0, 1)
-
-
 def _block_maximum(x: Tensor) -> Tensor:
     """[16, T, B, C] -> [T, B, C], as a pooling of channels-last layout, for which GPUs have faster kernels."""
     _, tokens, batch, width = x.shape
@@ -168,28 +187,20 @@ def _block_maximum(x: Tensor) -> Tensor:
     return F.max_pool2d(image, (BLOCK * BLOCK, 1)).permute(0, 2, 3, 1).reshape(tokens, batch, width)
 
 
-def _upsample(message: Tensor, weight: Tensor, grid: Grid) -> Tensor:
-    """[T, B, C] on blocks -> times weight [C, D], bilinear (align_corners=False) -> [16, T, B, D] on cells."""
-    tokens, batch, _ = message.shape
-    width = weight.shape[1]
+def _upsample(message: Tensor, grid: Grid) -> Tensor:
+    """[T, B, D] on blocks -> bilinear (align_corners=False) -> [16, T, B, D] on cells."""
+    tokens, batch, width = message.shape
     if grid.upsampling is not None:
-        # Rows of 8 fp16 numbers are what tensor cores read at once.
-        padded = grid.upsampling.shape[1]
-        if padded != tokens:
-            message = F.pad(message, (0, 0, 0, 0, 0, padded - tokens))
-        cells = grid.upsampling @ (message @ weight).reshape(padded, batch * width)
+        cells = transposed_matmul(grid.upsampling[None], message.reshape(1, tokens, batch * width))
         return cells.reshape(BLOCK * BLOCK, tokens, batch, width)
-    coarse = (message @ weight).reshape(grid.rows, grid.columns, batch, width).permute(2, 3, 0, 1)
+    coarse = message.reshape(grid.rows, grid.columns, batch, width).permute(2, 3, 0, 1)
     fine = F.interpolate(coarse, scale_factor=float(BLOCK), mode="bilinear", align_corners=False)
     return to_blocks(fine, grid.rows, grid.columns)
 
 
-def linear_weights(count: int) -> Tensor:
-    """[4, count, count]: weight of block k for cell (position in its block, block) under linear interpolation."""
-    position = (torch.arange(BLOCK * count) + 0.5) / BLOCK - 0.5
-    position = position.clamp(0, count - 1)
-    weights = (1 - (position[:, None] - torch.arange(count)).abs()).clamp(min=0)
-    return weights.reshape(count, BLOCK, count).transpose(0, 1)
+def block_weights(count: int) -> Tensor:
+    """[count, 4, count]: weight of a block for every cell (position in its block, block) along one axis."""
+    return axis_weights(count, BLOCK).reshape(count, BLOCK, count).permute(2, 1, 0)
 
 
 def _rotated(weight: Tensor) -> Tensor:
