@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from matchanything_ros.bundle import BUNDLES, load_bundle, sha256_of
 from matchanything_ros.cli import main
@@ -18,8 +19,11 @@ from matchanything_tools.export import Exportable, export, golden_pair
 from matchanything_tools.networks.kestrel import load
 from matchanything_tools.networks.kestrel.affine import local_affine
 from matchanything_tools.networks.kestrel.blocks import fuse, upsample
+from matchanything_tools.networks.kestrel.encoder import Encoder, enlarge
 from matchanything_tools.networks.kestrel.matching import KestrelMatcher, dual_softmax
-from matchanything_tools.networks.kestrel.model import Features, Kestrel, cell_centres, similarity
+from matchanything_tools.networks.kestrel.model import SHARPNESS, Kestrel, cell_centres, similarity
+from matchanything_tools.networks.kestrel.placing import Patch, Window
+from matchanything_tools.networks.kestrel.refine import steps
 
 BUNDLE = BUNDLES / "kestrel.onnx"
 
@@ -55,14 +59,64 @@ def test_both_ways_of_upsampling_agree() -> None:
         assert torch.allclose(trained.permute(0, 2, 3, 1), upsample(x.permute(0, 2, 3, 1), 4, (1, 2)), atol=1e-6)
 
 
+@pytest.mark.parametrize("factor", [2, 4])
+def test_enlarging_by_products_is_bilinear(factor: int) -> None:
+    x = torch.rand(2, 5, 7, 3)
+    expected = F.interpolate(x.permute(0, 3, 1, 2), scale_factor=factor, mode="bilinear", align_corners=False)
+    assert torch.allclose(enlarge(x, factor), expected.permute(0, 2, 3, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_the_exported_features_are_the_trained_ones(together: bool) -> None:
+    network = fuse(small_network())
+    assert isinstance(network, Kestrel)
+    images = torch.rand(2, 1, 64, 96)
+    with torch.inference_mode():
+        expected = network.features(images)
+        encoder = Encoder(network, together)
+        features = encoder([images] if together else list(images.split(1)))
+    scales = {"descriptors": (SHARPNESS / network.dim) ** 0.5, "queries": 0.25}  # 16 channels
+    for name, value in expected._asdict().items():
+        found = torch.cat([getattr(each, name) for each in features])
+        value = value * scales.get(name, 1.0)
+        assert (found - value).abs().max() <= 1e-5 * max(1.0, value.abs().max().item()), name
+
+
+def test_the_exported_stages_place_as_the_trained_ones() -> None:
+    network, generator = small_network(), torch.Generator().manual_seed(2)
+    for layer in (network.window.offset[-1], network.patch.out[-1]):  # start at zero, which would hide them
+        nn.init.normal_(layer.weight, std=0.1, generator=generator)
+        nn.init.normal_(layer.bias, generator=generator)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    queries, keys = rand(70, 16), rand(2, 20, 28, 16)
+    partner = torch.arange(70) % 35  # every cell of image 1, those at its edges too
+    with torch.inference_mode():
+        expected, _, _ = network.window(queries, keys, 1, partner)
+        found = Window(network.window)(queries / 4, keys.flatten(0, 2), partner, (20, 28), 20 * 28)
+        assert torch.allclose(found, expected, atol=1e-4)  # px
+
+        detail0, detail1 = (F.normalize(rand(1, 32, *size)) for size in ((20, 28), (24, 16)))
+        points0, points1 = torch.rand(70, 2, generator=generator) * 40, torch.rand(70, 2, generator=generator) * 32
+        affine = torch.eye(2) * 1.5 + 0.5 * rand(70, 2, 2)
+        expected = points1[None]
+        for _ in range(2):
+            shift, _, _ = network.patch(detail0, detail1, points0[None], expected, affine[None])
+            expected = expected + (steps(affine[None])[1] @ shift[..., None])[..., 0]
+        found = Patch(network.patch)(detail0, detail1, points0, points1, affine.flatten(1), rounds=2)
+    assert torch.allclose(found, expected[0], atol=1e-3)  # px
+
+
 @pytest.mark.parametrize("sharp", [1.0, 2.7])  # 2.7: logits above 90, whose exponential fp32 cannot hold
 def test_dual_softmax_is_the_textbook_formula(sharp: float) -> None:
     generator = torch.Generator().manual_seed(1)
     maps = [torch.randn(1, 4, 8, 32, generator=generator) * sharp for _ in range(2)]
     maps[1] = maps[0].flip(2) * 0.9 + 0.1 * maps[1]
     chance = [torch.randn(1, 4, 8, generator=generator) for _ in range(2)]
-    features = [Features(m, c, m, m, m) for m, c in zip(maps, chance, strict=True)]
-    confidence, partner = dual_softmax(*features)
+    scaled = [m[0] * (SHARPNESS / 32) ** 0.5 for m in maps]  # as the encoder hands them out
+    confidence, partner = dual_softmax(scaled[0], scaled[1], chance[0][0], chance[1][0])
     logits = similarity(*maps)[0].double()
     expected = logits.softmax(1) * logits.softmax(0)
     expected = expected * chance[0].double().sigmoid().reshape(-1, 1) * chance[1].double().sigmoid().reshape(1, -1)
@@ -79,7 +133,7 @@ def test_local_affine_finds_the_map_despite_rounding_to_cells() -> None:
     truth = 0.8 * torch.tensor([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], dtype=torch.float32)
     centres = cell_centres(20, 24)
     points = ((centres @ truth.T + 40) / 8).round() * 8
-    found = local_affine(points, torch.full((480,), 0.7), (20, 24)).view(20, 24, 2, 2)[3:-3, 3:-3]
+    found = local_affine(points, torch.full((480,), 0.7), (20, 24), torch.arange(480)).view(20, 24, 2, 2)[3:-3, 3:-3]
     # rounding is +-4 px on a lever of 8 px * sqrt(50): a standard deviation of 0.04 for every entry
     assert (found - truth).abs().max() < 0.16
     assert (found - truth).abs().mean() < 0.04

@@ -35,15 +35,13 @@ def exportable(args: argparse.Namespace) -> Exportable:
     if not 0 <= args.rounds <= 4:
         raise UserError(f"--rounds is {args.rounds}: choose 0 to 4.")
     network = load(args.weights)
-    if args.precision == "fp16":
-        network.half()
     inputs = input_specs(args, DEFAULT_SIZES, divisor=STEP)
     fixed = all(spec.fixed for spec in inputs)
     threshold = SCORE_THRESHOLD if args.score_threshold is None else args.score_threshold
     return Exportable(
         family="kestrel",
         variant="small",
-        module=KestrelMatcher(network, max_matches, args.rounds, same_size=fixed).eval(),
+        module=KestrelMatcher(network, max_matches, args.rounds, fixed, half=args.precision == "fp16").eval(),
         inputs=inputs,
         preprocess=Preprocess(channels="gray", resize="fit", interpolation="area", divisor=STEP),
         max_matches=max_matches,

@@ -4,51 +4,56 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 
 from matchanything_tools.networks.kestrel.model import cell_centres
 
 NEIGHBOURS = 5  # cells per side of the neighbourhood
-PRIOR = 2.0 * 64.0  # px^2: how much the map of the whole image counts where neighbours are few
+PRIOR = 2.0 * 64.0 / NEIGHBOURS**2  # px^2: how much the map of the whole image counts where neighbours are few
+X, Y, U, V = range(4)
 
 
-def local_affine(points: Tensor, confidence: Tensor, shape: tuple[int, int] | torch.Size) -> Tensor:
+def local_affine(points: Tensor, confidence: Tensor, shape: tuple[int, int] | torch.Size, cells: Tensor) -> Tensor:
     """Weighted least squares over 5x5 cells, drawn towards the fit over all cells.
 
-    points [h * w, 2]: px of image 1 that the centres of image 0's cells go to; confidence [h * w]; shape (h, w).
-    Returns [h * w, 2, 2], px of image 0 to px of image 1.
+    points [h * w, 2]: px of image 1 that the centres of image 0's cells go to; confidence [h * w]; shape (h, w);
+    cells [K]: the wanted ones. Returns [K, 4], the rows of px of image 0 to px of image 1, one after the other.
     """
     height, width = shape
-    centres = cell_centres(height, width, points.device)
-    total = confidence.sum().clamp(min=1e-6)
-    x = centres - (centres * confidence[:, None]).sum(0) / total
-    u = points - (points * confidence[:, None]).sum(0) / total
-    terms = torch.cat(
-        (torch.ones_like(x[:, :1]), x, u, x * x, x[:, :1] * x[:, 1:], x * u[:, :1], x * u[:, 1:]), 1
-    )  # 1, x, y, u, v, xx, yy, xy, xu, yu, xv, yv
-    weighted = terms * confidence[:, None]
-    grid = weighted.transpose(0, 1).reshape(1, 12, height, width)
-    area = NEIGHBOURS * NEIGHBOURS
-    local = F.avg_pool2d(grid, NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=True) * area
-    local = local.reshape(12, -1).transpose(0, 1)
-    (whole_scatter, whole_cross), (scatter, cross) = _moments(weighted.sum(0, keepdim=True)), _moments(local)
-    whole = _solve(whole_scatter, whole_cross, torch.ones_like(total))
-    prior = PRIOR * confidence.amax(0).clamp(min=1e-6)
-    return _solve(scatter, cross + whole * prior, prior).reshape(-1, 2, 2)
+    weight = confidence[:, None]
+    both = torch.cat((cell_centres(height, width, points.device), points), 1)
+    both = both - (both * weight).sum(0) / confidence.sum().clamp(min=1e-6)
+    products = _columns(both, (X, X, Y, U, U, V, V)) * _columns(both, (X, Y, Y, X, Y, X, Y))
+    weighted = torch.cat((torch.ones_like(weight), both, products), 1) * weight
+    grid = weighted.reshape(1, height, width, 12).permute(0, 3, 1, 2)
+    local = F.avg_pool2d(grid, NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=True)
+    local = local.permute(0, 2, 3, 1).reshape(-1, 12).index_select(0, cells)
+    moments = _moments(torch.cat((weighted.sum(0, keepdim=True), local)))
+    whole = _solve(moments[:1], torch.ones_like(weight[:1]))
+    prior = PRIOR * confidence.amax(0, keepdim=True)[:, None].clamp(min=1e-6)
+    return _solve(moments[1:], prior, whole)
 
 
-def _moments(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums [N, 12] -> scatter of x as xx, xy, yy [N, 3] and of u with x as ux, uy, vx, vy [N, 4], about the means."""
-    weight = sums[:, :1].clamp(min=1e-6)
-    x, y, u, v = (sums[:, k : k + 1] for k in (1, 2, 3, 4))
-    squares = torch.cat((sums[:, 5:6], sums[:, 7:8], sums[:, 6:7]), 1)
-    scatter = squares - torch.cat((x * x, x * y, y * y), 1) / weight
-    return scatter, sums[:, 8:12] - torch.cat((u * x, u * y, v * x, v * y), 1) / weight
+def _moments(sums: Tensor) -> Tensor:
+    """Sums [N, 12] of 1, x, y, u, v and xx, xy, yy, ux, uy, vx, vy -> the latter about the means [N, 7]."""
+    means = _columns(sums, (1 + X, 1 + X, 1 + Y, 1 + U, 1 + U, 1 + V, 1 + V))
+    return sums[:, 5:] - means * _columns(sums, (1 + X, 1 + Y, 1 + Y, 1 + X, 1 + Y, 1 + X, 1 + Y)) / sums[:, :1].clamp(
+        min=1e-6
+    )
 
 
-def _solve(scatter: Tensor, cross: Tensor, ridge: Tensor) -> Tensor:
-    """cross @ inverse(scatter + ridge), row by row [N, 4]; written out: TensorRT fails on products of 2x2 matrices."""
-    a, b, d = scatter[:, 0:1] + ridge, scatter[:, 1:2], scatter[:, 2:3] + ridge
-    first, second = cross[:, 0::2], cross[:, 1::2]  # ux, vx and uy, vy
-    solved = torch.stack((first * d - second * b, second * a - first * b), 2)
-    return solved.flatten(1) / (a * d - b * b).clamp(min=1e-6)
+def _solve(moments: Tensor, ridge: Tensor, prior: Tensor | None = None) -> Tensor:
+    """(cross + ridge prior) @ inverse(scatter + ridge), row by row [N, 4].
+
+    Written out: TensorRT fails on products of 2x2 matrices, and rounds operands of products to ten bits.
+    """
+    cross = moments[:, 3:]
+    if prior is not None:
+        cross = cross + prior * ridge
+    squares, mixed = _columns(moments, (2, 0, 2, 0)) + ridge, moments[:, 1:2]
+    solved = cross * squares - _columns(cross, (1, 0, 3, 2)) * mixed
+    return solved / (squares[:, :1] * squares[:, 1:2] - mixed * mixed).clamp(min=1e-6)
+
+
+def _columns(x: Tensor, index: tuple[int, ...]) -> Tensor:
+    return x.index_select(1, torch.tensor(index, device=x.device))

@@ -4,95 +4,117 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from matchanything_tools.networks.kestrel.affine import local_affine
-from matchanything_tools.networks.kestrel.model import SHARPNESS, Features, Kestrel, cell_centres
-from matchanything_tools.networks.kestrel.refine import steps
-
-LARGEST_LOGIT = 75.0  # the sum of 1e4 exponentials of it stays within fp32
+from matchanything_tools.networks.kestrel.encoder import Encoder
+from matchanything_tools.networks.kestrel.model import Kestrel, cell_centres
+from matchanything_tools.networks.kestrel.placing import Patch, Window
+from matchanything_tools.networks.topk import topk
 
 
 class KestrelMatcher(nn.Module):
     """Images float32 [1, 1, H, W] in [0, 1], sides multiples of 32 -> keypoints0, keypoints1 [K, 2], scores [K].
 
-    rounds: how often the patch stage runs, each time from where the last one arrived. same_size: both images go
-    through the network as one batch, which a graph of fixed shapes can do.
+    network: its parameters are taken over; its blocks must be fused. rounds: how often the patch stage runs, each time
+    from where the last one arrived. same_size: both images go through the network as one batch, which a graph of fixed
+    shapes can do. half: the network in fp16; coordinates and what decides them stay fp32.
     """
 
-    def __init__(self, network: Kestrel, max_matches: int = 2000, rounds: int = 2, same_size: bool = False) -> None:
+    def __init__(
+        self, network: Kestrel, max_matches: int = 2000, rounds: int = 2, same_size: bool = False, half: bool = False
+    ) -> None:
         super().__init__()
-        self.network, self.max_matches, self.rounds, self.same_size = network, max_matches, rounds, same_size
+        self.max_matches, self.rounds, self.same_size = max_matches, rounds, same_size
+        self.encoder = Encoder(network, same_size)
+        self.window, self.patch = Window(network.window), Patch(network.patch)
+        if half:
+            self.encoder.half()
+            for part in (self.window, self.patch):
+                for child in part.children():
+                    child.half()
 
     def forward(self, image0: Tensor, image1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        features0, features1 = self.encode(image0, image1)
-        shape0, shape1 = features0.matchable.shape[1:], features1.matchable.shape[1:]
-        confidence, partner = dual_softmax(features0, features1)
+        together = self.same_size
+        features = self.encoder([torch.cat((image0, image1))] if together else [image0, image1])
+        first, second, last = features[0], features[-1], len(features[-1].keys) - 1
+        shape0, shape1 = first.matchable.shape[1:], second.matchable.shape[1:]
+        confidence, partner = dual_softmax(
+            first.descriptors[0], second.descriptors[last], first.matchable[0], second.matchable[last]
+        )
         centres0 = cell_centres(shape0[0], shape0[1], image0.device)
         centres1 = cell_centres(shape1[0], shape1[1], image0.device)
-        affine = local_affine(centres1[partner], confidence, shape0)
-        # zeros behind the cells: small images have fewer cells than there are rows to fill
-        padded = torch.cat((confidence, confidence.new_zeros(self.max_matches)))
-        scores, cells = padded.topk(self.max_matches)
-        cells = torch.where(scores > 0, cells, torch.zeros_like(cells))
-        points0, affine = centres0[cells], affine[cells]
-        points1 = self.place(features0, features1, cells, partner[cells], points0, centres1, affine)
-        return points0, points1, scores
-
-    def encode(self, image0: Tensor, image1: Tensor) -> tuple[Features, Features]:
-        """Features of both images, each a batch of one."""
-        if self.same_size:
-            both = self.network.features(torch.cat((image0, image1)))
-            return Features(*(part[:1] for part in both)), Features(*(part[1:] for part in both))
-        maps = [self.network.pyramid(image) for image in (image0, image1)]
-        tokens = self.network.attend([x3.permute(0, 2, 3, 1) for _, _, x3 in maps])
-        return (
-            self.network.heads(maps[0][0], maps[0][1], tokens[0]),
-            self.network.heads(maps[1][0], maps[1][1], tokens[1]),
-        )
-
-    def place(
-        self,
-        features0: Features,
-        features1: Features,
-        cells: Tensor,
-        partner: Tensor,
-        points0: Tensor,
-        centres1: Tensor,
-        affine: Tensor,
-    ) -> Tensor:
-        """Sub-pixel places [K, 2] in image 1 of the centres `points0` of `cells`."""
-        network = self.network
-        queries = features0.queries.flatten(0, 2)[cells]
-        offset, _, _ = network.window(queries, features1.keys, 0, partner)
-        points1 = centres1[partner] + offset
-        step0, step1 = steps(affine)
-        patch0 = network.patch.sample(features0.detail, points0[None], step0[None])
-        for _ in range(self.rounds):
-            patch1 = network.patch.sample(features1.detail, points1[None], step1[None])
-            shift, _, _ = network.patch.compare(patch0, patch1, affine[None])
-            points1 = points1 + (step1 * shift[0, :, None]).sum(2)
-        return points1
+        if not together or confidence.shape[0] < self.max_matches:  # fewer cells than there are rows to fill
+            scores, cells = topk(F.pad(confidence, (0, self.max_matches)), self.max_matches)
+            cells = torch.where(scores > 0, cells, torch.zeros_like(cells))
+        else:
+            scores, cells = topk(confidence, self.max_matches)
+        affine = local_affine(centres1.index_select(0, partner), confidence, shape0, cells)
+        chosen = partner.index_select(0, cells)
+        height, width = second.keys.shape[1:3]
+        queries = first.queries.flatten(0, 2).index_select(0, cells)
+        keys, start = second.keys.flatten(0, 2), last * height * width
+        points0 = centres0.index_select(0, cells)
+        points1 = centres1.index_select(0, chosen) + self.window(queries, keys, chosen, (height, width), start)
+        detail0, detail1 = first.detail[:1], second.detail[last:]
+        return points0, self.patch(detail0, detail1, points0, points1, affine, self.rounds), scores
 
 
-def dual_softmax(features0: Features, features1: Features) -> tuple[Tensor, Tensor]:
+def dual_softmax(
+    descriptors0: Tensor, descriptors1: Tensor, matchable0: Tensor, matchable1: Tensor
+) -> tuple[Tensor, Tensor]:
     """Confidence [h0 * w0] of every cell of image 0 in its partner [h0 * w0] of image 1; 0 unless mutual.
 
-    Softmax over rows times softmax over columns (Rocco et al. 2018) times both matchabilities. The exponential is
-    taken once, and the products are compared by their square roots: a matrix of all cells by all cells is large, and
-    every pass over it costs.
+    descriptors [h, w, d], whose products are the logits; matchable [h, w] logits. Softmax over rows times softmax over
+    columns (Rocco et al. 2018) times both matchabilities.
+
+    A matrix of all cells by all cells is large, and every pass over it costs. So that fp16 suffices for it, half the
+    squared lengths of both descriptors are taken off, which leaves minus half their squared distance: precise where it
+    is small, and never above 0. The sums of its exponentials then tell what to add to its rows and columns that makes
+    it half the logarithm of the confidence, and a second product is cheaper than two additions to the whole.
     """
-    a, b = features0.descriptors.float().flatten(0, 2), features1.descriptors.float().flatten(0, 2)
-    a = a * (SHARPNESS / a.shape[1])
-    bound = (a.square().sum(1).amax(0) * b.square().sum(1).amax(0)).sqrt()  # of every logit, by Cauchy-Schwarz
-    lowered = (LARGEST_LOGIT - bound).clamp(max=0.0)  # enters as one more channel: cheaper than a pass over all pairs
-    a = torch.cat((a, torch.ones_like(a[:, :1])), 1)
-    b = torch.cat((b, lowered.expand(b.shape[0], 1)), 1)
-    exponential = torch.exp(a @ b.transpose(0, 1))
-    share0 = features0.matchable.float().sigmoid().flatten() / exponential.sum(1).clamp(min=1e-30)
-    share1 = features1.matchable.float().sigmoid().flatten() / exponential.sum(0).clamp(min=1e-30)
-    partner = (exponential * share1.sqrt()).argmax(1)
-    upwards = exponential * share0.sqrt()[:, None]
-    own = upwards.gather(1, partner[:, None])[:, 0]
-    mutual = own >= upwards.amax(0)[partner]
-    best = own * own * share1[partner]
-    return torch.where(mutual, best, torch.zeros_like(best)), partner
+    height1, width1 = matchable1.shape
+    a, b = descriptors0.flatten(0, 1), descriptors1.flatten(0, 1)
+    half0, half1 = (-0.5 * ((x * x) @ torch.ones(x.shape[1], 1, dtype=x.dtype)).float() for x in (a, b))
+    exponential = torch.exp(_product(a, b, half0, half1).float())
+    weight0, weight1 = (torch.exp(half.amin(0, keepdim=True) - half) for half in (half0, half1))
+    rows, columns = exponential @ weight1, weight0.reshape(1, -1) @ exponential
+    share0, share1 = (
+        matchable.reshape(-1, 1).float().sigmoid() * weight / total.reshape(-1, 1).clamp(min=1e-30)
+        for matchable, weight, total in ((matchable0, weight0, rows), (matchable1, weight1, columns))
+    )
+    add0, add1 = (0.5 * share.clamp(min=1e-30).log() + half for share, half in ((share0, half0), (share1, half1)))
+    logarithm = _product(a, b, add0, add1)
+    if isinstance(height1, int):
+        partner = logarithm.argmax(1)
+        best = logarithm.gather(1, partner[:, None]).flatten()
+        image = logarithm.reshape(1, *matchable0.shape, -1).permute(0, 3, 1, 2)  # pooling, where GPUs reduce slowly
+        highest = F.max_pool2d(F.max_pool2d(image, (1, image.shape[3])), (image.shape[2], 1)).flatten()
+    else:
+        # In two steps, which on a CPU are faster than an argmax over all: the best row of image 1, the best in it.
+        count = logarithm.shape[0]
+        table = logarithm.reshape(count, height1, width1)
+        row = table.amax(2).argmax(1)
+        among = torch.arange(count, device=row.device) * height1 + row
+        chosen = table.flatten(0, 1).index_select(0, among)
+        partner, best = row * width1 + chosen.argmax(1), chosen.amax(1)
+        highest = logarithm.reshape(*matchable0.shape, -1).amax(1).amax(0)
+    mutual = best >= highest.index_select(0, partner)
+    confidence = torch.exp(2 * best.float()).clamp(max=1.0)
+    return torch.where(mutual, confidence, torch.zeros_like(confidence)), partner
+
+
+def _product(a: Tensor, b: Tensor, add0: Tensor, add1: Tensor) -> Tensor:
+    """a b^T + add0 [N0, 1] by rows + add1 [N1, 1] by columns, as one product in the type of a and b: [N0, N1]."""
+    pairs = [_in_two(add, a.dtype) for add in (add0, add1)]
+    ones = [(torch.ones_like(high), torch.ones_like(low)) for high, low in pairs]
+    filled = -(a.shape[1] + 4) % 8  # tensor cores read eight channels at once
+    a = torch.cat((a, *pairs[0], *ones[0], a.new_zeros(a.shape[0], filled)), 1)
+    b = torch.cat((b, *ones[1], *pairs[1], b.new_zeros(b.shape[0], filled)), 1)
+    return a @ b.transpose(0, 1)
+
+
+def _in_two(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A float32 tensor as a sum of two of another type: what rounding takes away is rounded once more."""
+    high = x.to(dtype)
+    return high, (x - high.float()).to(dtype)
