@@ -43,17 +43,18 @@ def sample(features: Tensor, positions: Tensor, offsets: Tensor | None = None) -
     return sampled.to(features.dtype)
 
 
-def read(features: Tensor, pixels: Tensor) -> Tensor:
-    """Features [B, C, H, W] at whole pixels (x, y) [B, ..., 2] inside the map (float32) -> [B, ..., C].
+def read(maps: list[Tensor], pixels: Tensor) -> list[Tensor]:
+    """Maps [B, C, H, W] of one size at whole pixels (x, y) [B, ..., 2] inside of it (float32) -> [B, ..., C] of each.
 
-    As rows of the map in channels-last order, in which convolutions leave it on a GPU.
+    As rows of the maps in channels-last order, in which convolutions leave them on a GPU.
     """
-    batch, channels, height, width = features.shape
-    image = torch.arange(batch, dtype=torch.float32, device=features.device).reshape(-1, *[1] * (pixels.dim() - 1))
+    batch, _, height, width = maps[0].shape
+    image = torch.arange(batch, dtype=torch.float32, device=pixels.device).reshape(-1, *[1] * (pixels.dim() - 1))
     x, y = pixels.split(1, dim=-1)
     index = y * width + x + image * (height * width)  # exact: float32 holds whole numbers up to 2^24
-    rows = features.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, index.flatten().to(torch.int64))
-    return rows.reshape(*pixels.shape[:-1], channels)
+    index = index.flatten().to(torch.int64)
+    rows = [each.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, index) for each in maps]
+    return [values.reshape(*pixels.shape[:-1], values.shape[1]) for values in rows]
 
 
 class DeformableConv3x3(nn.Module):

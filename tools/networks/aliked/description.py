@@ -40,7 +40,7 @@ class DescriptorHead(nn.Module):
             x.unflatten(0, (2, positions)).transpose(0, 1).flatten(0, 1) for x in (second.weight, second.bias)
         )
         offsets = F.conv2d(F.selu(hidden), weight, bias).permute(0, 2, 3, 1).float().clamp(-limit, limit)
-        sampled = features.between(keypoints.unsqueeze(2) + offsets.reshape(batch, count, positions, 2), dtype)
+        sampled = features.between(keypoints.unsqueeze(2) + offsets.reshape(batch, count, positions, 2)).to(dtype)
         parts = sampled.shape[2] // count
         summing = self.sf_conv.weight.expand(-1, -1, parts, -1)
         sampled = F.selu(F.conv2d(sampled, summing, stride=(parts, 1)))  # [B, dim, K, M]

@@ -72,9 +72,12 @@ class DescriptorB(nn.Module):
         on_half = coarser(keypoints, full[1][0], half[1][0])
         corners, weights = corners_of(on_half, half[1][0])  # [B, K, 4, 2], [B, K, 1, 4]
         sampled = sample(total, coarser(corners, half[1][0], total)).permute(0, 2, 3, 1)
-        halves = [(weights @ read(part, corners).float()).squeeze(2).to(part.dtype) for part in half[1]]
-        on_full = [read(part, keypoints) for part in full[1]]
-        return (weights @ sampled).squeeze(2) + self._output(half[0], halves) + self._output(full[0], on_full)
+        halves = [(weights @ rows.float()).squeeze(2).to(rows.dtype) for rows in read(half[1], corners)]
+        return (
+            (weights @ sampled).squeeze(2)
+            + self._output(half[0], halves)
+            + self._output(full[0], read(full[1], keypoints))
+        )
 
     def _output(self, stride: int, parts: list[Tensor]) -> Tensor:
         """The output layer of a scale on parts of the hidden channels, each [B, K, hidden], at K places."""
