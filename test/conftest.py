@@ -16,3 +16,21 @@ def shallow_roma(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     from matchanything_tools.export import export
 
     return export(roma_case.shallow_item(torch.float16), tmp_path_factory.mktemp("shallow") / "roma.onnx")
+
+
+@pytest.fixture(scope="session")
+def small_dedode(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """DeDoDe B+B for 64x96, fp16, 200 keypoints, beside its seeded checkpoints detector_B.pth and descriptor_B.pth."""
+    pytest.importorskip("torch", reason="torch makes the test's network")
+    import seeded
+
+    from matchanything_ros import cli
+    from matchanything_ros.bundle import load_bundle
+
+    folder = tmp_path_factory.mktemp("dedode")
+    words = ["export", "dedode", "--size", "64x96", "--keypoints", "200", "--precision", "fp16"]
+    for flag, part in (("--weights", "detector_B"), ("--descriptor", "descriptor_B")):
+        words += [flag, str(seeded.save(f"dedode_{part}", folder / f"{part}.pth"))]
+    out = folder / "dedode.onnx"
+    assert cli.main([*words, "--out", str(out)]) == 0
+    return load_bundle(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -14,9 +15,10 @@ import pytest
 import seeded
 import torch
 import torch.nn.functional as F
+from recordings import TOPICS, record
 
 from matchanything_ros import cli
-from matchanything_ros.bundle import load_bundle
+from matchanything_ros.bundle import Bundle, load_bundle
 from matchanything_ros.matcher import Matcher
 from matchanything_tools.networks.dedode import NormalisedDescriptor, load_descriptor, load_detector, normalise
 from matchanything_tools.networks.dedode.network import density_matrix, detect
@@ -175,14 +177,15 @@ def test_parts_are_the_halves(files: dict[str, Path], tmp_path: Path) -> None:
     assert (wanted * torch.from_numpy(descriptors)).sum(dim=2).min() > 0.9999
 
 
-@pytest.mark.tensorrt
-def test_fixed_fp16(files: dict[str, Path], tmp_path: Path) -> None:
-    """End to end in half precision: the matches of the fp32 network, and TensorRT takes the graph."""
-    out = tmp_path / "half.onnx"
-    networks = f"--weights {files['detector_B']} --descriptor {files['descriptor_B']}"
-    assert cli.main(f"export dedode {networks} --precision fp16 {COMMON} --out {out}".split()) == 0
-    bundle = load_bundle(out)
-    assert bundle.manifest.variant == "BB" and len(bundle.manifest.weights) == 2
+def pictures() -> list[np.ndarray]:
+    """The golden pair in the size of `small_dedode`, uint8 RGB."""
+    images = [coffee(number, 96)[0, :, 16:80] for number in (0, 1)]
+    return [np.ascontiguousarray((image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)) for image in images]
+
+
+def test_fixed_fp16(small_dedode: Bundle, files: dict[str, Path]) -> None:
+    """End to end in half precision: the matches of the fp32 network."""
+    assert small_dedode.manifest.variant == "BB" and len(small_dedode.manifest.weights) == 2
     images = torch.cat([coffee(number, 96)[:, :, 16:80] for number in (0, 1)])
     detector, descriptor = load_detector(files["detector_B"]), load_descriptor(files["descriptor_B"], None, None)
     with torch.inference_mode():
@@ -191,16 +194,41 @@ def test_fixed_fp16(files: dict[str, Path], tmp_path: Path) -> None:
     valid = torch.ones(200, dtype=torch.bool)
     index0, index1, scores = match(*descriptors, valid, valid, max_matches=200)
     true = torch.cat((keypoints[0][index0], keypoints[1][index1]), dim=1)[scores > 0.01].numpy()
-    with Matcher(bundle, backend="onnxruntime-cpu") as matcher:
-        half = matcher.match(*((image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8) for image in images))
+    with Matcher(small_dedode, backend="onnxruntime-cpu") as matcher:
+        half = matcher.match(*pictures())
     found = np.concatenate((half.keypoints0, half.keypoints1), axis=1)
     nearest = np.abs(true[:, None] - found).max(axis=2).min(axis=1)
     # Random weights: keypoints near the 200th place change. The requirement of 97 % within 1 px is for real ones.
     assert len(true) > 10 and np.mean(nearest < 1) >= 0.85
+
+
+@pytest.mark.tensorrt
+def test_tensorrt_builds(small_dedode: Bundle) -> None:
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
     from matchanything_tools.make_plan import build_engine
 
-    assert memoryview(build_engine(bundle, target="sm_86").data).nbytes > 1000
+    assert memoryview(build_engine(small_dedode, target="sm_86").data).nbytes > 1000
+
+
+def test_match_replay_and_validate(small_dedode: Bundle, tmp_path: Path) -> None:
+    """As any other bundle: with two files, with a recording of the two, against the network that it came from."""
+    names = [str(tmp_path / f"{number}.png") for number in (0, 1)]
+    for name, image in zip(names, pictures(), strict=True):
+        cv2.imwrite(name, image[..., ::-1])
+    common = ["--bundle", str(small_dedode.onnx), "--backend", "onnxruntime-cpu"]
+    assert cli.main(["match", *names, *common, "--out", str(tmp_path / "match")]) == 0
+    direct = json.loads((tmp_path / "match" / "result.json").read_text())
+    frames = [(camera, camera * 1_000_000, image) for camera, image in enumerate(pictures())]
+    bag = record(tmp_path / "bag", "mcap", frames)
+    topics = ["--image0", TOPICS[0], "--image1", TOPICS[1]]
+    assert cli.main(["replay", str(bag), *topics, *common, "--out", str(tmp_path / "replay")]) == 0
+    with (tmp_path / "replay" / "matches.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert int(row["num_matches"]) == direct["num_matches"] > 10
+    checkpoints = [str(small_dedode.onnx.with_name(f"{part}.pth")) for part in ("detector_B", "descriptor_B")]
+    words = ["validate", str(small_dedode.onnx), "--backend", "onnxruntime-cpu", "--weights", *checkpoints]
+    assert cli.main([*words, "--out", str(tmp_path / "validation.json")]) == 0
+    assert "golden result" in json.loads((tmp_path / "validation.json").read_text())["against"]
 
 
 @pytest.mark.parametrize(
