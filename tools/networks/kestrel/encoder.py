@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from matchanything_tools.networks.attention import attention
 from matchanything_tools.networks.kestrel.blocks import AggregatedAttention, rotary_table
 from matchanything_tools.networks.kestrel.model import SHARPNESS, Features, Kestrel
+from matchanything_tools.networks.products import transposed_matmul
 
 BLOCK = 4  # cells per side of what attention works on
 
@@ -49,11 +50,14 @@ class Encoder(nn.Module):
         maps = [self.pyramid(image) for image in images]
         tokens = [x3.permute(0, 2, 3, 1) for _, _, x3 in maps]
         tables = [_table(x) for x in tokens]
+        upsampling = [_upsampling(x) if self.together else None for x in tokens]
         for self_layer, cross_layer in zip(self.self_layers, self.cross_layers, strict=True):
-            tokens = [self_layer(x, self_layer.maxima(x), table) for x, table in zip(tokens, tables, strict=True)]
+            layers = zip(tokens, upsampling, tables, strict=True)
+            tokens = [self_layer(x, self_layer.maxima(x), matrix, table) for x, matrix, table in layers]
             maxima = [cross_layer.maxima(x) for x in tokens]
             others = maxima[::-1] if len(maxima) == 2 else [_exchanged(maxima[0])]
-            tokens = [cross_layer(x, other) for x, other in zip(tokens, others, strict=True)]
+            crossed = zip(tokens, others, upsampling, strict=True)
+            tokens = [cross_layer(x, other, matrix) for x, other, matrix in crossed]
         return [self._heads(x1, x2, x) for (x1, x2, _), x in zip(maps, tokens, strict=True)]
 
     def _heads(self, x1: Tensor, x2: Tensor, tokens: Tensor) -> Features:
@@ -112,8 +116,11 @@ class Attention(nn.Module):
             pooled = _tiles(source).amax(4).amax(2)
         return pooled.flatten(1, 2)
 
-    def forward(self, x: Tensor, maxima: Tensor, table: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x [B, H, W, C] attends to the image that `maxima` comes from; table: see rotary_table, for self attention."""
+    def forward(
+        self, x: Tensor, maxima: Tensor, upsampling: Tensor | None, table: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """x [B, H, W, C] attends to the image that `maxima` comes from; upsampling [B, H W / 16, H W]: of the message,
+        where there is a matrix for it; table: see rotary_table, for self attention."""
         batch, height, width, dim = x.shape
         query, keys_values = self.norm_in(self._pooled(x)) @ self.to_query, self.norm_in(maxima) @ self.to_key_value
         if table is not None:
@@ -125,7 +132,10 @@ class Attention(nn.Module):
         else:
             key, value = keys_values.split(dim, -1)
         message = attention(query, key, value, self.heads) @ self.from_message
-        message = enlarge(message.reshape(batch, height // BLOCK, width // BLOCK, 2 * dim), BLOCK)
+        if upsampling is None:
+            message = enlarge(message.reshape(batch, height // BLOCK, width // BLOCK, 2 * dim), BLOCK)
+        else:
+            message = transposed_matmul(upsampling, message).reshape(batch, height, width, 2 * dim)
         hidden = F.leaky_relu(x @ self.from_cell + message)
         return x + self.norm_out(hidden @ self.to_cell)
 
@@ -143,6 +153,16 @@ def enlarge(x: Tensor, factor: int) -> Tensor:
     x = interpolation(width, factor, x) @ x
     x = interpolation(height, factor, x) @ x.reshape(batch, height, factor * width * channels)
     return x.reshape(batch, factor * height, factor * width, channels)
+
+
+def _upsampling(tokens: Tensor) -> Tensor:
+    """[B, H W / 16, H W]: `enlarge` of [B, H W / 16, C] as one product with it, transposed."""
+    batch, height, width, _ = tokens.shape
+    rows, columns = (
+        interpolation(length // BLOCK, BLOCK, torch.empty(0, device=tokens.device)).T for length in (height, width)
+    )
+    matrix = (rows[:, None, :, None] * columns[None, :, None, :]).reshape(1, -1, height * width)
+    return matrix.to(tokens.dtype).expand(batch, -1, -1)
 
 
 def interpolation(count: int, factor: int, like: Tensor) -> Tensor:
