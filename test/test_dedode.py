@@ -20,7 +20,9 @@ from recordings import TOPICS, record
 from matchanything_ros import cli
 from matchanything_ros.bundle import Bundle, load_bundle
 from matchanything_ros.matcher import Matcher
+from matchanything_tools.networks.batchnorm import fold_batch_norms
 from matchanything_tools.networks.dedode import NormalisedDescriptor, load_descriptor, load_detector, normalise
+from matchanything_tools.networks.dedode.decoder import Decoder
 from matchanything_tools.networks.dedode.network import density_matrix, detect
 from matchanything_tools.networks.mutual import match
 
@@ -152,6 +154,27 @@ def test_dynamic_bundle_equals_pytorch(files: dict[str, Path], tmp_path: Path) -
     common = true & {tuple(row) for row in rows.tolist()}
     assert len(true) > 20 and len(common) >= 0.99 * max(len(true), len(rows))
     assert (scores[:-1] >= scores[1:]).all()
+
+
+def test_images_as_channels_change_nothing() -> None:
+    """The finest scale of two images side by side in the channels of one."""
+    torch.manual_seed(0)
+    decoder = Decoder({2: (8, 4, 2), 1: (6 + 2, 4, 1)}, 3, 2).eval()
+    for layer in decoder.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(layer.running_mean)
+            torch.nn.init.normal_(layer.bias)
+    fold_batch_norms(decoder)
+    decoder.fold()
+    features = {2: torch.randn(2, 8, 5, 6), 1: torch.randn(2, 6, 10, 12)}
+    with torch.inference_mode():
+        wanted = decoder(features)[1]
+        decoder.refiner(1).images_as_channels()
+        found = decoder(features)[1]
+    assert len(wanted) == len(found) == 2
+    for one, other in zip(wanted, found, strict=True):
+        assert other.shape == (1, 8, 10, 12) and one.std() > 0.1
+        assert torch.allclose(torch.stack(other[0].chunk(2)), one, atol=1e-5)
 
 
 COMMON = "--size 64x96 --keypoints 200"

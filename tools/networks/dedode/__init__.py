@@ -156,6 +156,9 @@ def exportable(args: argparse.Namespace) -> Exportable:
         "preprocess": Preprocess(resize="stretch" if fixed else "fit", interpolation="bicubic_antialias", divisor=8),
     }
     if detector is not None and descriptor is not None:
+        if fixed and args.precision == "fp16":
+            decoder = descriptor.descriptor.decoder
+            decoder.refiner(decoder.strides[-1]).images_as_channels()
         pair = SparsePair(Dedode(detector, descriptor), args.matching, common["max_matches"], one_batch=fixed)
         shapes = sparse_pair.dynamic_shapes(inputs, step=8)
         return Exportable(module=pair, inputs=inputs, dynamic_shapes=shapes, **common)

@@ -34,7 +34,7 @@ class Detector(nn.Module):
         """Normalised image [B, 3, H, W] -> logits [B, 1, H, W] float32."""
         total: Tensor | None = None
         for stride, hidden in self.decoder(self.encoder(image)).items():
-            prediction = self.decoder.predict(stride, hidden)
+            prediction = self.decoder.predict(stride, hidden).float()
             if total is not None:  # bicubic with a = -0.75, no antialiasing
                 coarse = F.interpolate(total, size=prediction.shape[2:], mode="bicubic", align_corners=False)
                 prediction = prediction + coarse
@@ -66,18 +66,25 @@ class DescriptorB(nn.Module):
         total: Tensor | None = None
         for stride, hidden in coarse:
             prediction = self.decoder.predict(stride, hidden)
-            products = hidden[0].dtype == torch.float16
+            products = prediction.dtype == torch.float16
             total = prediction if total is None else prediction + upsample(total, prediction, products=products)
         assert total is not None
         on_half = coarser(keypoints, full[1][0], half[1][0])
         corners, weights = corners_of(on_half, half[1][0])  # [B, K, 4, 2], [B, K, 1, 4]
-        sampled = sample(total, coarser(corners, half[1][0], total)).permute(0, 2, 3, 1)
+        sampled = sample(total, coarser(corners, half[1][0], total)).permute(0, 2, 3, 1).float()
         halves = [(weights @ rows.float()).squeeze(2).to(rows.dtype) for rows in read(half[1], corners)]
         return (
             (weights @ sampled).squeeze(2)
             + self._output(half[0], halves)
-            + self._output(full[0], read(full[1], keypoints))
+            + self._output(full[0], self._read_finest(full[1], keypoints))
         )
+
+    def _read_finest(self, parts: list[Tensor], keypoints: Tensor) -> list[Tensor]:
+        rows = read(parts, keypoints)
+        if parts[0].shape[0] == keypoints.shape[0]:
+            return rows
+        halves = [part.unflatten(2, (2, -1)) for part in rows]  # images as channels: each has its own half
+        return [torch.stack((half[0, :, 0], half[1, :, 1])) for half in halves]
 
     def _output(self, stride: int, parts: list[Tensor]) -> Tensor:
         """The output layer of a scale on parts of the hidden channels, each [B, K, hidden], at K places."""
