@@ -184,6 +184,13 @@ def _write_onnx(item: Exportable, path: Path) -> None:
     _strip_traces(program.model)
     size = sum(tensor.nbytes for tensor in item.module.state_dict().values())
     program.save(str(path), external_data=size > EXTERNAL_DATA_OVER)
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"The exporter of torch {torch.__version__} wrote an invalid graph ({first}): install another version."
+        ) from error
 
 
 def _strip_traces(model: Any) -> None:

@@ -60,10 +60,11 @@ def _dots(features: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
         own0 = torch.arange(0, (end - start) * width * stride, stride)[:, None, None]
         forward.append(_pick(products, own0 + target0[start * width : end * width]))
         # Direction 1: what of its windows lies in this band. The row of the matrix is the cell of image 0.
-        row = row1.clamp(start, end - 1)
-        index = ((row - start).to(torch.int64) * (width * stride))[..., None] + (column[1] * stride + own1)
+        local = row1 - start
+        row = local.clamp(0, end - start - 1)
+        index = (row.to(torch.int64) * (width * stride))[..., None] + (column[1] * stride + own1)
         picked = _pick(products, index)
-        backward.append(picked if len(edges) == 2 else picked * (row == row1).to(picked.dtype)[..., None])
+        backward.append(picked if len(edges) == 2 else picked * (row == local).to(picked.dtype)[..., None])
     total = backward[0]
     for more in backward[1:]:
         total = total + more

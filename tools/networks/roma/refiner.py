@@ -13,6 +13,7 @@ FEATURES = {16: 512, 8: 512, 4: 256, 2: 64, 1: 9}  # channels of the projected f
 EMBEDDING = {16: 128, 8: 64, 4: 32, 2: 16, 1: 6}  # channels of the embedded displacement
 RADIUS = {16: 7, 8: 3, 4: 2}  # of the local correlation, where there is one
 HIDDEN_BLOCKS = 8
+STACKED = (1,)  # of these strides, both directions lie side by side as channels of one map: see ConvRefiner.bake
 
 
 class ConvRefiner(nn.Module):
@@ -25,6 +26,7 @@ class ConvRefiner(nn.Module):
         super().__init__()
         self.radius = RADIUS.get(stride)
         self.gain = FEATURES[stride] ** -0.25
+        self.stacked = stride in STACKED
         self.inputs = 2 * FEATURES[stride] + EMBEDDING[stride]
         width = self.inputs + (0 if self.radius is None else (2 * self.radius + 1) ** 2)
         self.disp_emb = nn.Conv2d(2, EMBEDDING[stride], 1)
@@ -42,23 +44,28 @@ class ConvRefiner(nn.Module):
         if self.radius is not None:
             scaled = features if self.gain == 1 else features * self.gain
             parts.append(local_correlation(scaled, flow, self.radius))
-        x = torch.cat(parts, 3).permute(0, 3, 1, 2)
         if isinstance(self.out_conv, _Head):
-            return self.out_conv(self.hidden_blocks(x))
+            if self.stacked:
+                parts = [part[i : i + 1] for i in (0, 1) for part in parts]
+            x = torch.cat(parts, 3).permute(0, 3, 1, 2)
+            return self.out_conv(self.hidden_blocks(x)).reshape(2, 3, *x.shape[2:])
+        x = torch.cat(parts, 3).permute(0, 3, 1, 2)
         return self.out_conv(self.hidden_blocks(self.block1(x)).float())
 
     @torch.no_grad()
     def bake(self, projection: nn.Conv2d | None = None) -> ConvRefiner:
         """Reshape it for export, when its batch norms are folded; no result changes.
 
-        Channels that are always zero widen it to a multiple of 64 (of 8 where narrow): the published widths (1377,
-        1137, 569) keep matrix units idle. They stand after the displacement's, whose product can make zeros. One of
-        them becomes the constant 1, whose weights are the biases of the 1x1 convolutions: then these are plain
+        Channels that are always zero widen it to the next multiple of 64 (of 8 where narrow): the published widths
+        (1377, 1137, 569) keep matrix units idle. They stand after the displacement's, whose product can make zeros.
+        One of them becomes the constant 1, whose weights are the biases of the 1x1 convolutions: then these are plain
         products. The last of them and the head are one product, since nothing stands between them.
+        A depthwise convolution is fast from 64 channels on: of few, the two directions become one map of twice the
+        channels, with the weights of each in blocks.
         projection: what makes the features; it takes the `gain` if given, and the first weights here undo that.
         """
         width = self.out_conv.get_parameter("weight").shape[1]
-        extra = -width % (64 if width > 256 else 8)
+        extra = -(width + 1) % (64 if width > 256 else 8) + 1
         blocks = [self.block1, *self.hidden_blocks]
         baked: list[nn.Module] = []
         if projection is not None:
@@ -81,11 +88,13 @@ class ConvRefiner(nn.Module):
                 mix, own = self._insert(mix, 0, extra), self._insert(own, 0, extra)
             mix = self._insert(mix, 1, extra)
             own = own + mix @ bias
-            if extra:
-                bound[self.inputs] = 1.0
-                mix[:, self.inputs] = own
+            bound[self.inputs] = 1.0
+            mix[:, self.inputs] = own
+            if self.stacked:
+                weight, bound = weight.repeat(2, 1, 1, 1), bound.repeat(2)
+                mix = torch.block_diag(mix, mix)
             baked.append(_Depthwise(weight, bound))
-            baked.append((_Head if block is blocks[-1] else _Mix)(mix, None if extra else own))
+            baked.append((_Head if block is blocks[-1] else _Mix)(mix))
         self.out_conv = baked.pop()
         self.hidden_blocks = nn.Sequential(*baked)
         del self.block1
@@ -121,16 +130,13 @@ class _Depthwise(nn.Module):
 
 
 class _Mix(nn.Module):
-    """1x1 convolution; without a bias, it is a product of matrices."""
+    """1x1 convolution as a product of matrices."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
         self.weight = _constant(weight)
-        self.bias = None if bias is None else _constant(bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.bias is not None:
-            return F.conv2d(x, self.weight[:, :, None, None], self.bias)
         return F.linear(x.permute(0, 2, 3, 1), self.weight).permute(0, 3, 1, 2)
 
 
@@ -139,10 +145,7 @@ class _Head(_Mix):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2).float()
-        result = self.weight @ tokens.transpose(1, 2)
-        if self.bias is not None:
-            result = result + self.bias[:, None]
-        return result.unflatten(2, x.shape[2:])
+        return (self.weight @ tokens.transpose(1, 2)).unflatten(2, x.shape[2:])
 
 
 def _sample(features: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
