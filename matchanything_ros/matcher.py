@@ -51,7 +51,7 @@ class Matcher:
             matches = matcher.match(image0, image1)
 
     bundle: a path, the name of a bundle in the package, a loaded Bundle, or None for the default one.
-    backend: see engines.open_engine. score_threshold and max_matches default to the manifest's; they may be
+    backend, as_exported: see engines.open_engine. score_threshold and max_matches: by default the manifest's; may be
     assigned at any time. Raises UserError when the bundle or the backend cannot be used.
     """
 
@@ -61,12 +61,13 @@ class Matcher:
         backend: str = "auto",
         score_threshold: float | None = None,
         max_matches: int | None = None,
+        as_exported: bool = False,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         manifest = self.bundle.manifest
         self.score_threshold = manifest.score_threshold if score_threshold is None else score_threshold
         self.max_matches = manifest.max_matches if max_matches is None else max_matches
-        self.engine: Engine = open_engine(self.bundle, backend)
+        self.engine: Engine = open_engine(self.bundle, backend, as_exported)
 
     def match(self, image0: Image, image1: Image, dense: bool = False) -> Matches:
         """Match two images: uint8, or float32 in [0, 1]; gray [H, W] or RGB [H, W, 3]; of any, also different, sizes.

@@ -243,7 +243,7 @@ def test_fixed_fp16(tmp_path: Path) -> None:
     bundle = load_bundle(out)
     images = [cv2.imread(str(DATA / "golden" / f"coffee_{i}.png"))[..., ::-1] for i in (0, 1)]
     pair = [np.ascontiguousarray(cv2.resize(x, (256, 192), interpolation=cv2.INTER_AREA)) for x in images]
-    with Matcher(bundle, backend="onnxruntime-cpu") as matcher:
+    with Matcher(bundle, backend="onnxruntime-cpu", as_exported=True) as matcher:
         half = matcher.match(*pair)
     tensors = torch.cat([torch.from_numpy(x).permute(2, 0, 1)[None].float() / 255 for x in pair])
     with torch.inference_mode():

@@ -217,7 +217,7 @@ def test_fixed_fp16(small_dedode: Bundle, files: dict[str, Path]) -> None:
     valid = torch.ones(200, dtype=torch.bool)
     index0, index1, scores = match(*descriptors, valid, valid, max_matches=200)
     true = torch.cat((keypoints[0][index0], keypoints[1][index1]), dim=1)[scores > 0.01].numpy()
-    with Matcher(small_dedode, backend="onnxruntime-cpu") as matcher:
+    with Matcher(small_dedode, backend="onnxruntime-cpu", as_exported=True) as matcher:
         half = matcher.match(*pictures())
     found = np.concatenate((half.keypoints0, half.keypoints1), axis=1)
     nearest = np.abs(true[:, None] - found).max(axis=2).min(axis=1)

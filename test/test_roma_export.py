@@ -105,7 +105,7 @@ def test_half_precision_is_close_and_finite(shallow_roma: Bundle) -> None:
         inputs = pair(first, second)
         exact = item.module(*(torch.from_numpy(inputs[spec.name]) for spec in item.inputs))
     wanted, certainty = (x[0].movedim(0, -1).numpy() for x in exact[3:])
-    engine = open_engine(shallow_roma, "onnxruntime-cpu")
+    engine = open_engine(shallow_roma, "onnxruntime-cpu", as_exported=True)
     found = engine.run(inputs)
     error = roma_case.pixel_error(np.moveaxis(found["warp"][0], 0, 2), wanted, SIDE)[certainty[..., 0] > 0.05]
     # Of random weights and little depth, whose near ties between anchors fp16 may decide otherwise: the typical pixel

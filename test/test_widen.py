@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from matchanything_ros.bundle import BUNDLES
+from matchanything_ros.bundle import BUNDLES, load_bundle
+from matchanything_ros.engines import onnxruntime as engine_module
+from matchanything_ros.engines import open_engine
 from matchanything_ros.engines.widen import widen
 
 KESTREL = BUNDLES / "kestrel.onnx"
@@ -76,3 +79,15 @@ def test_weights_in_a_file_of_their_own_are_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "large.onnx"
     onnx.save(small_model(), path, save_as_external_data=True, size_threshold=0)
     assert widen(path.read_bytes()) is None
+
+
+def test_measuring_fp16_means_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """validate and evaluate ask for the network as exported: its rounding must be there, the faster fp32 must not."""
+    monkeypatch.setattr(engine_module.platform, "machine", lambda: "x86_64")
+    bundle = load_bundle("kestrel")
+    inputs = {f"image{i}": np.random.default_rng(i).random((1, 1, 64, 96), np.float32) for i in (0, 1)}
+    session = onnxruntime.InferenceSession(str(bundle.onnx), providers=["CPUExecutionProvider"])
+    plain = dict(zip([o.name for o in session.get_outputs()], session.run(None, inputs), strict=True))
+    faster, as_exported = [open_engine(bundle, "onnxruntime-cpu", exact).run(inputs) for exact in (False, True)]
+    assert np.array_equal(as_exported["scores"], plain["scores"])
+    assert not np.array_equal(faster["scores"], plain["scores"])

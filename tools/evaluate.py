@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             methods["SIFT"] = evaluate("SIFT", sift, [*pairs, *negatives], folder)
             poses["SIFT"] = [judge_pose(room, sift) for room in rooms]
         for path in args.bundles:
-            with Matcher(path, args.backend, args.score_threshold, args.max_matches) as matcher:
+            with Matcher(path, args.backend, args.score_threshold, args.max_matches, as_exported=True) as matcher:
                 name = _unused(matcher.bundle.manifest.name, methods)
                 methods[name] = evaluate(name, matcher.match, [*pairs, *negatives], folder)
                 poses[name] = [judge_pose(room, matcher.match) for room in rooms]

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     limits = LIMITS[bundle.manifest.precision]
     if args.tolerance is not None:
         limits = dataclasses.replace(limits, mean_px=args.tolerance)
-    engine = open_engine(bundle, args.backend)
+    engine = open_engine(bundle, args.backend, as_exported=True)
     try:
         results = {"golden result": [against_golden(engine)]}
         if args.weights:

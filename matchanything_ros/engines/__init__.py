@@ -50,11 +50,13 @@ class ImageEngine(Engine, Protocol):
         ...
 
 
-def open_engine(bundle: Bundle, backend: str = "auto") -> Engine:
+def open_engine(bundle: Bundle, backend: str = "auto", as_exported: bool = False) -> Engine:
     """Open a bundle with a backend of BACKENDS.
 
     "auto" takes TensorRT where a plan beside the bundle fits this machine, else ONNX Runtime, on CUDA where its build
     and the machine have it. "onnxruntime" leaves TensorRT out, "onnxruntime-cuda" and "tensorrt" insist.
+    as_exported: round to fp16 where the network says so also on a CPU that would be faster and more exact without,
+    for measuring what fp16 does.
     Raises UserError when the backend is not there or refuses the network.
     """
     if backend not in BACKENDS:
@@ -68,4 +70,4 @@ def open_engine(bundle: Bundle, backend: str = "auto") -> Engine:
     from matchanything_ros.engines.onnxruntime import OnnxRuntimeEngine
 
     device = {"onnxruntime-cuda": "cuda", "onnxruntime-cpu": "cpu"}.get(backend, "auto")
-    return OnnxRuntimeEngine(bundle, device)
+    return OnnxRuntimeEngine(bundle, device, as_exported=as_exported)

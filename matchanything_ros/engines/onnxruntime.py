@@ -24,10 +24,13 @@ class OnnxRuntimeEngine:
 
     device: "auto" (CUDA where it works), "cuda" or "cpu". On CUDA a network of fixed shape is captured in a CUDA graph
     when all of its nodes run there. Precision is what the graph says: fp32 products are not rounded to TF32 unless the
-    environment has NVIDIA_TF32_OVERRIDE=1.
+    environment has NVIDIA_TF32_OVERRIDE=1. A CPU without fp16 arithmetic computes in fp32 instead, which is faster;
+    as_exported forbids that.
     """
 
-    def __init__(self, bundle: Bundle, device: str = "auto", cuda_graph: bool | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, device: str = "auto", cuda_graph: bool | None = None, as_exported: bool = False
+    ) -> None:
         try:
             import onnxruntime as ort
         except ImportError as error:
@@ -41,6 +44,7 @@ class OnnxRuntimeEngine:
             )
         self.timings_ms: dict[str, float] = {}  # of the last run on CUDA: upload, network, download
         self._bound: dict[str, Any] = {}
+        self._as_exported = as_exported
         self._binding: Any = None
         self._session: Any = None
         if device != "cpu" and has_cuda:
@@ -141,7 +145,8 @@ class OnnxRuntimeEngine:
         if on_cpu:  # numbers below 1e-38 are handled by microcode there, a hundred times slower
             options.add_session_config_entry("session.set_denormal_as_zero", "1")
         model: bytes | None = None
-        if on_cpu and self.bundle.manifest.precision == "fp16" and platform.machine() in WITHOUT_HALF:
+        half = self.bundle.manifest.precision == "fp16"
+        if on_cpu and half and not self._as_exported and platform.machine() in WITHOUT_HALF:
             model = widen(self.bundle.onnx.read_bytes())
         try:
             return self._ort.InferenceSession(
