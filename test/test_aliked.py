@@ -259,6 +259,27 @@ def test_fixed_fp16(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+def test_five_thousand_keypoints(tmp_path: Path) -> None:
+    """More than one TopK of TensorRT may take: the matches of fewer keypoints are among those of all."""
+    found = {}
+    for count in (500, 5000):
+        out = tmp_path / f"{count}.onnx"
+        words = f"export aliked --variant t16 --weights {WEIGHTS / 'aliked-t16.pth'} --size 320x416 --keypoints {count}"
+        assert cli.main([*words.split(), "--matching", "mutual", "--out", str(out)]) == 0
+        bundle = load_bundle(out)
+        golden = np.load(bundle.golden)
+        inputs = {s.name: prepare(golden[s.name], bundle.manifest.preprocess, s)[0] for s in bundle.manifest.inputs}
+        found[count] = as_matches(open_engine(bundle, "onnxruntime-cpu").run(inputs))
+    assert len(found[500]) > 100 and len(found[5000]) > 2 * len(found[500])
+    # With more to choose from, a keypoint may find a better partner.
+    assert len(found[500].keys() & found[5000].keys()) > 0.7 * len(found[500])
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
+    from matchanything_tools.make_plan import build_engine
+
+    assert memoryview(build_engine(bundle, target="sm_86").data).nbytes > 1000
+
+
+@pytest.mark.full
 def test_deform_conv_is_the_same_network(tmp_path: Path) -> None:
     out = tmp_path / "t16.onnx"
     words = f"export aliked --variant t16 --weights {WEIGHTS / 'aliked-t16.pth'} --size 192x256 --keypoints 300"

@@ -154,6 +154,31 @@ def test_dynamic_bundle_equals_pytorch(files: dict[str, Path], tmp_path: Path) -
     common = true & {tuple(row) for row in rows.tolist()}
     assert len(true) > 20 and len(common) >= 0.99 * max(len(true), len(rows))
     assert (scores[:-1] >= scores[1:]).all()
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
+    from matchanything_tools.make_plan import build_engine
+
+    assert build_engine(bundle, target="sm_86").profile["image0"][0] == (64, 64)
+
+
+@pytest.mark.full
+def test_ten_thousand_keypoints(files: dict[str, Path], tmp_path: Path) -> None:
+    """More than one TopK of TensorRT may take, in both images; all of them distinct, and TensorRT accepts the graph."""
+    out = tmp_path / "many.onnx"
+    words = f"export dedode --weights {files['detector_B']} --descriptor {files['descriptor_B']} --keypoints 10000"
+    assert cli.main([*words.split(), "--size", "128x128", "--precision", "fp16", "--out", str(out)]) == 0
+    bundle = load_bundle(out)
+    assert bundle.manifest.max_matches == 10000
+    images = torch.cat([coffee(number, 128) for number in (0, 1)])
+    session = onnxruntime.InferenceSession(str(out))
+    keypoints0, keypoints1, scores = session.run(None, {f"image{i}": images[i : i + 1].numpy() for i in (0, 1)})
+    assert keypoints0.shape == keypoints1.shape == (10000, 2)
+    found = scores > 0
+    assert found.sum() > 1000 and len(np.unique(keypoints0[found], axis=0)) == found.sum()
+    assert len(np.unique(keypoints1[found], axis=0)) == found.sum()
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
+    from matchanything_tools.make_plan import build_engine
+
+    assert memoryview(build_engine(bundle, target="sm_86").data).nbytes > 1000
 
 
 def test_images_as_channels_change_nothing() -> None:

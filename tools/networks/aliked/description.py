@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from matchanything_tools.networks.aliked.features import Features
+from matchanything_tools.networks.lengths import lengths
 from matchanything_tools.networks.sampling import pixel_grid
 
 
@@ -44,7 +45,5 @@ class DescriptorHead(nn.Module):
         parts = sampled.shape[2] // count
         summing = self.sf_conv.weight.expand(-1, -1, parts, -1)
         sampled = F.selu(F.conv2d(sampled, summing, stride=(parts, 1)))  # [B, dim, K, M]
-        weight = self.agg_weights.permute(2, 1, 0).unsqueeze(2)  # [dim, dim, 1, M]
-        descriptors = F.conv2d(sampled, weight).squeeze(3).transpose(1, 2).float()
-        length = ((descriptors * descriptors) @ torch.ones(dim, 1, device=descriptors.device)).sqrt()
-        return descriptors / length.clamp(min=1e-12)
+        descriptors = (sampled.permute(0, 2, 3, 1).flatten(2) @ self.agg_weights.flatten(0, 1)).float()
+        return descriptors / lengths(descriptors)

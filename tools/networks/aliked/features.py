@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from matchanything_tools.networks.lengths import lengths
 from matchanything_tools.networks.sampling import pixel_grid, read, sample
 from matchanything_tools.networks.upsampling import upsampled_sum
 
@@ -109,12 +110,7 @@ class ReadFeatures:
         for group in self._low:
             parts.append(F.grid_sample(group, grid, align_corners=True).permute(0, 2, 3, 1))
         features = torch.cat(parts, dim=3)
-        # The mean by a product, because ONNX Runtime's reductions are slow on a GPU. Of eight equal columns, the least
-        # that matrix units take.
-        dim = features.shape[3]
-        mean = (features * features) @ torch.full((dim, 8), 1 / dim, dtype=features.dtype, device=pixels.device)
-        length = (dim * mean[..., :1].float()).sqrt().clamp(min=1e-12)
-        return features * (weights.unsqueeze(3) / length).to(features.dtype)
+        return features * (weights.unsqueeze(3) / lengths(features)).to(features.dtype)
 
 
 def upsample(x: Tensor, size: torch.Size) -> Tensor:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from matchanything_ros.bundle import Preprocess
@@ -18,6 +17,7 @@ from matchanything_tools.networks import sparse_pair
 from matchanything_tools.networks.batchnorm import fold_batch_norms
 from matchanything_tools.networks.dedode.network import DescriptorB, DescriptorG, Detector, detect
 from matchanything_tools.networks.dinov2 import PATCH, DinoV2
+from matchanything_tools.networks.lengths import lengths
 from matchanything_tools.networks.sparse_pair import SparsePair
 from matchanything_tools.networks.vgg import VGG19
 
@@ -52,7 +52,8 @@ class NormalisedDescriptor(nn.Module):
 
     def forward(self, image: Tensor, keypoints: Tensor) -> Tensor:
         """Image [B, 3, H, W] in [0, 1], keypoints [B, K, 2] at whole pixels -> descriptors [B, K, 256]."""
-        return F.normalize(self.descriptor(normalise(image, self.descriptor), keypoints), dim=2)
+        descriptors = self.descriptor(normalise(image, self.descriptor), keypoints)
+        return descriptors / lengths(descriptors)
 
 
 class Dedode(nn.Module):
