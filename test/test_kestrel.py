@@ -110,13 +110,15 @@ def test_the_exported_stages_place_as_the_trained_ones() -> None:
 
 
 @pytest.mark.parametrize("sharp", [1.0, 2.7])  # 2.7: logits above 90, whose exponential fp32 cannot hold
-def test_dual_softmax_is_the_textbook_formula(sharp: float) -> None:
+@pytest.mark.parametrize("separate", [True, False])
+def test_dual_softmax_is_the_textbook_formula(sharp: float, separate: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     maps = [torch.randn(1, 4, 8, 32, generator=generator) * sharp for _ in range(2)]
     maps[1] = maps[0].flip(2) * 0.9 + 0.1 * maps[1]
     chance = [torch.randn(1, 4, 8, generator=generator) for _ in range(2)]
-    scaled = [m[0] * (SHARPNESS / 32) ** 0.5 for m in maps]  # as the encoder hands them out
-    confidence, partner = dual_softmax(scaled[0], scaled[1], chance[0][0], chance[1][0])
+    scaled = [m * (SHARPNESS / 32) ** 0.5 for m in maps]  # as the encoder hands them out
+    batches = (scaled, chance) if separate else ([torch.cat(scaled)], [torch.cat(chance)])
+    confidence, partner = dual_softmax(*batches)
     logits = similarity(*maps)[0].double()
     expected = logits.softmax(1) * logits.softmax(0)
     expected = expected * chance[0].double().sigmoid().reshape(-1, 1) * chance[1].double().sigmoid().reshape(1, -1)

@@ -28,10 +28,10 @@ def local_affine(points: Tensor, confidence: Tensor, shape: tuple[int, int] | to
     grid = weighted.reshape(1, height, width, 12).permute(0, 3, 1, 2)
     local = F.avg_pool2d(grid, NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=True)
     local = local.permute(0, 2, 3, 1).reshape(-1, 12).index_select(0, cells)
-    moments = _moments(torch.cat((weighted.sum(0, keepdim=True), local)))
-    whole = _solve(moments[:1], torch.ones_like(weight[:1]))
+    # Positions are about the means of the whole: its sums are its moments.
+    whole = _solve(weighted[:, 5:].sum(0, keepdim=True), torch.ones_like(weight[:1]))
     prior = PRIOR * confidence.amax(0, keepdim=True)[:, None].clamp(min=1e-6)
-    return _solve(moments[1:], prior, whole)
+    return _solve(_moments(local), prior, whole)
 
 
 def _moments(sums: Tensor) -> Tensor:

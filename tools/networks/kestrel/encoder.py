@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from matchanything_tools.networks.attention import attention
+from matchanything_tools.networks.attention import attention, norm_by_rows
 from matchanything_tools.networks.kestrel.blocks import AggregatedAttention, rotary_table
 from matchanything_tools.networks.kestrel.model import SHARPNESS, Features, Kestrel
 from matchanything_tools.networks.products import transposed_matmul
@@ -74,9 +74,14 @@ class Encoder(nn.Module):
         )
 
     def _double(self, x: Tensor) -> Tensor:
-        if self.together:
-            return enlarge(x.permute(0, 2, 3, 1), 2).permute(0, 3, 1, 2)
-        return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+        if not self.together:
+            return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+        batch, channels, height, width = x.shape
+        across, down = (interpolation(length, 2, x).T for length in (width, height))
+        x = x.permute(0, 2, 3, 1).reshape(batch * height, width, channels)
+        x = transposed_matmul(across.expand(batch * height, -1, -1), x).reshape(batch, height, 2 * width * channels)
+        x = transposed_matmul(down.expand(batch, -1, -1), x)
+        return x.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
 
 
 class Attention(nn.Module):
@@ -98,7 +103,9 @@ class Attention(nn.Module):
         key, value = layer.key_value.weight.double().chunk(2)
         first, dim = layer.mlp_in.weight.double(), len(query)
         weights = {
-            "pool": layer.pool * (BLOCK * BLOCK if together else 1),  # averages are taken there, and sums elsewhere
+            "pool": layer.pool.permute(3, 1, 0, 2)
+            if together
+            else layer.pool,  # the weights of a convolution, or tiles
             "to_query": torch.cat((query, _turned(query))).T if rotary else query.T,
             "to_key_value": torch.cat((key, _turned(key), value) if rotary else (key, value)).T,
             "from_cell": first[:, :dim].T,
@@ -122,7 +129,8 @@ class Attention(nn.Module):
         """x [B, H, W, C] attends to the image that `maxima` comes from; upsampling [B, H W / 16, H W]: of the message,
         where there is a matrix for it; table: see rotary_table, for self attention."""
         batch, height, width, dim = x.shape
-        query, keys_values = self.norm_in(self._pooled(x)) @ self.to_query, self.norm_in(maxima) @ self.to_key_value
+        query = self._norm(self._pooled(x), self.norm_in) @ self.to_query
+        keys_values = self._norm(maxima, self.norm_in) @ self.to_key_value
         if table is not None:
             cosine, sine = table
             query, turned = (query * torch.cat((cosine, sine), 1)).split(dim, -1)
@@ -136,15 +144,19 @@ class Attention(nn.Module):
             message = enlarge(message.reshape(batch, height // BLOCK, width // BLOCK, 2 * dim), BLOCK)
         else:
             message = transposed_matmul(upsampling, message).reshape(batch, height, width, 2 * dim)
-        hidden = F.leaky_relu(x @ self.from_cell + message)
-        return x + self.norm_out(hidden @ self.to_cell)
+        # As one operator, which adds to what is there: a product and an addition take longer.
+        hidden = torch.addmm(message.reshape(-1, 2 * dim), x.reshape(-1, dim), self.from_cell)
+        hidden = F.leaky_relu(hidden).reshape(batch * height, width, 2 * dim)
+        return x + self._norm(hidden @ self.to_cell, self.norm_out).reshape(x.shape)
+
+    def _norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return norm_by_rows(x, norm) if self.together else norm(x)
 
     def _pooled(self, x: Tensor) -> Tensor:
-        weighted = _tiles(x) * self.pool
         if self.together:
-            weighted = weighted.reshape(x.shape).permute(0, 3, 1, 2)
-            return F.avg_pool2d(weighted, BLOCK).permute(0, 2, 3, 1).flatten(1, 2)
-        return weighted.sum(4).sum(2).flatten(1, 2)
+            pooled = F.conv2d(x.permute(0, 3, 1, 2), self.pool, stride=BLOCK, groups=x.shape[3])
+            return pooled.permute(0, 2, 3, 1).flatten(1, 2)
+        return (_tiles(x) * self.pool).sum(4).sum(2).flatten(1, 2)
 
 
 def enlarge(x: Tensor, factor: int) -> Tensor:

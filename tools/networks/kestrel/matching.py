@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from matchanything_tools.networks.kestrel.affine import local_affine
-from matchanything_tools.networks.kestrel.encoder import Encoder
+from matchanything_tools.networks.kestrel.encoder import BLOCK, Encoder
 from matchanything_tools.networks.kestrel.model import Kestrel, cell_centres
 from matchanything_tools.networks.kestrel.placing import Patch, Window
 from matchanything_tools.networks.topk import topk
@@ -40,7 +40,7 @@ class KestrelMatcher(nn.Module):
         first, second, last = features[0], features[-1], len(features[-1].keys) - 1
         shape0, shape1 = first.matchable.shape[1:], second.matchable.shape[1:]
         confidence, partner = dual_softmax(
-            first.descriptors[0], second.descriptors[last], first.matchable[0], second.matchable[last]
+            [each.descriptors for each in features], [each.matchable for each in features]
         )
         centres0 = cell_centres(shape0[0], shape0[1], image0.device)
         centres1 = cell_centres(shape1[0], shape1[1], image0.device)
@@ -60,36 +60,38 @@ class KestrelMatcher(nn.Module):
         return points0, self.patch(detail0, detail1, points0, points1, affine, self.rounds), scores
 
 
-def dual_softmax(
-    descriptors0: Tensor, descriptors1: Tensor, matchable0: Tensor, matchable1: Tensor
-) -> tuple[Tensor, Tensor]:
+def dual_softmax(descriptors: list[Tensor], matchable: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Confidence [h0 * w0] of every cell of image 0 in its partner [h0 * w0] of image 1; 0 unless mutual.
 
-    descriptors [h, w, d], whose products are the logits; matchable [h, w] logits. Softmax over rows times softmax over
-    columns (Rocco et al. 2018) times both matchabilities.
+    descriptors [B, h, w, d], whose products are the logits; matchable [B, h, w] logits; one batch of two images, or two
+    of one. Softmax over rows times softmax over columns (Rocco et al. 2018) times both matchabilities.
 
     A matrix of all cells by all cells is large, and every pass over it costs. So that fp16 suffices for it, half the
     squared lengths of both descriptors are taken off, which leaves minus half their squared distance: precise where it
     is small, and never above 0. The sums of its exponentials then tell what to add to its rows and columns that makes
     it half the logarithm of the confidence, and a second product is cheaper than two additions to the whole.
     """
-    height1, width1 = matchable1.shape
-    a, b = descriptors0.flatten(0, 1), descriptors1.flatten(0, 1)
-    half0, half1 = (-0.5 * ((x * x) @ torch.ones(x.shape[1], 1, dtype=x.dtype)).float() for x in (a, b))
-    exponential = torch.exp(_product(a, b, half0, half1).float())
-    weight0, weight1 = (torch.exp(half.amin(0, keepdim=True) - half) for half in (half0, half1))
-    rows, columns = exponential @ weight1, weight0.reshape(1, -1) @ exponential
-    share0, share1 = (
-        matchable.reshape(-1, 1).float().sigmoid() * weight / total.reshape(-1, 1).clamp(min=1e-30)
-        for matchable, weight, total in ((matchable0, weight0, rows), (matchable1, weight1, columns))
-    )
-    add0, add1 = (0.5 * share.clamp(min=1e-30).log() + half for share, half in ((share0, half0), (share1, half1)))
-    logarithm = _product(a, b, add0, add1)
+    (height0, width0), (height1, width1) = matchable[0].shape[1:], matchable[-1].shape[1:]
+    flat = [x.flatten(1, 2) for x in descriptors]
+    halves = [-0.5 * ((x * x) @ torch.ones(x.shape[2], 1, dtype=x.dtype)).float() for x in flat]
+    weights = [torch.exp(half.amin((0, 1), keepdim=True) - half) for half in halves]
+    visible = [
+        m.flatten(1)[:, :, None].float().sigmoid() * weight for m, weight in zip(matchable, weights, strict=True)
+    ]
+    exponential = torch.exp(_product(flat, halves).float())
+    rows = exponential @ weights[-1][-1]
+    columns = weights[0][0].reshape(1, -1) @ exponential
+    totals = [rows[None], columns.reshape(1, -1, 1)]
+    totals = totals if len(flat) == 2 else [torch.cat(totals)]
+    shares = [(v / total.clamp(min=1e-30)).clamp(min=1e-30) for v, total in zip(visible, totals, strict=True)]
+    logarithm = _product(flat, [0.5 * share.log() + half for share, half in zip(shares, halves, strict=True)])
     if isinstance(height1, int):
         partner = logarithm.argmax(1)
         best = logarithm.gather(1, partner[:, None]).flatten()
-        image = logarithm.reshape(1, *matchable0.shape, -1).permute(0, 3, 1, 2)  # pooling, where GPUs reduce slowly
-        highest = F.max_pool2d(F.max_pool2d(image, (1, image.shape[3])), (image.shape[2], 1)).flatten()
+        highest = logarithm.reshape(1, height0, width0, -1).permute(0, 3, 1, 2)
+        for window in ((1, width0), (BLOCK, 1), (height0 // BLOCK, 1)):  # pooling, where GPUs reduce slowly
+            highest = F.max_pool2d(highest, window)
+        highest = highest.flatten()
     else:
         # In two steps, which on a CPU are faster than an argmax over all: the best row of image 1, the best in it.
         count = logarithm.shape[0]
@@ -98,19 +100,26 @@ def dual_softmax(
         among = torch.arange(count, device=row.device) * height1 + row
         chosen = table.flatten(0, 1).index_select(0, among)
         partner, best = row * width1 + chosen.argmax(1), chosen.amax(1)
-        highest = logarithm.reshape(*matchable0.shape, -1).amax(1).amax(0)
+        highest = logarithm.reshape(height0, width0, -1).amax(1).amax(0)
     mutual = best >= highest.index_select(0, partner)
     confidence = torch.exp(2 * best.float()).clamp(max=1.0)
     return torch.where(mutual, confidence, torch.zeros_like(confidence)), partner
 
 
-def _product(a: Tensor, b: Tensor, add0: Tensor, add1: Tensor) -> Tensor:
-    """a b^T + add0 [N0, 1] by rows + add1 [N1, 1] by columns, as one product in the type of a and b: [N0, N1]."""
-    pairs = [_in_two(add, a.dtype) for add in (add0, add1)]
-    ones = [(torch.ones_like(high), torch.ones_like(low)) for high, low in pairs]
-    filled = -(a.shape[1] + 4) % 8  # tensor cores read eight channels at once
-    a = torch.cat((a, *pairs[0], *ones[0], a.new_zeros(a.shape[0], filled)), 1)
-    b = torch.cat((b, *ones[1], *pairs[1], b.new_zeros(b.shape[0], filled)), 1)
+def _product(flat: list[Tensor], summands: list[Tensor]) -> Tensor:
+    """The descriptors' products plus a summand of each, as one product in their type: [N0, N1].
+
+    flat [B, N, d], summands [B, N, 1] float32: one batch of two, or two of one.
+    """
+    left, right = [], []
+    for x, summand in zip(flat, summands, strict=True):
+        pair = _in_two(summand, x.dtype)
+        ones, filled = torch.ones_like(pair[0]), -(x.shape[2] + 4) % 8  # tensor cores read eight channels at once
+        zeros = x.new_zeros(*x.shape[:2], filled)
+        left.append((x, *pair, ones, ones, zeros))
+        right.append((x, ones, ones, *pair, zeros))
+    a = torch.cat([part[0] for part in left[0]], 1)
+    b = torch.cat([part[-1] for part in right[-1]], 1)
     return a @ b.transpose(0, 1)
 
 

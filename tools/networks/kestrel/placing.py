@@ -27,7 +27,8 @@ class Window(nn.Module):
         b[:hidden, :hidden], b[hidden:, hidden:] = second.weight.detach(), torch.eye(8)
         c[:, :hidden] = last.weight.detach()[:2]
         c[:, hidden : hidden + 2], c[:, hidden + 2 : hidden + 4] = torch.eye(2), -torch.eye(2)
-        self.first = _linear(a, F.pad(first.bias.detach(), (0, 8)))
+        self.filled = -a.shape[1] % 8
+        self.first = _linear(F.pad(a, (0, self.filled)), F.pad(first.bias.detach(), (0, 8)))
         self.second = _linear(b, F.pad(second.bias.detach(), (0, 8)))
         self.last = _linear(c, last.bias.detach()[:2])
 
@@ -38,10 +39,10 @@ class Window(nn.Module):
         window = keys.index_select(0, (place + start).index_select(0, partner).reshape(-1))
         window = window.reshape(-1, WINDOW * WINDOW, keys.shape[1])
         inside = inside.index_select(0, partner)
-        logits = (window @ queries[:, :, None])[..., 0] * inside
+        logits = (window @ queries[:, :, None]).flatten(1) * inside
         weight = torch.softmax(logits, -1)
-        expected = ((weight * inside)[:, None] @ window)[:, 0]
-        x = torch.cat((weight, queries, expected), 1)
+        expected = ((weight * inside)[:, None] @ window).flatten(1)
+        x = torch.cat((weight, queries, expected, weight.new_zeros(len(weight), self.filled)), 1)
         return self.last(F.relu(self.second(F.relu(self.first(x))))).float()
 
 
@@ -76,7 +77,7 @@ class Patch(nn.Module):
         pairs[: hidden + samples, :, :samples] = joined.reshape(-1, samples, samples).transpose(1, 2)
         self.pairs = nn.Linear(samples * PADDED, hidden + PADDED, bias=False)
         self.pairs.weight = nn.Parameter(pairs.reshape(hidden + PADDED, -1))
-        condition = torch.cat((refiner.condition.weight, torch.zeros(PADDED, 5))).detach()
+        condition = F.pad(refiner.condition.weight.detach(), (0, 3, 0, PADDED))
         bias = torch.cat((refiner.hidden.bias + refiner.condition.bias, refiner.shift.bias)).detach()
         never = torch.full((PADDED - samples,), -1e4)
         self.condition = _linear(condition, torch.cat((bias, never)))
@@ -102,8 +103,8 @@ class Patch(nn.Module):
         a, b, c, d = affine.split(1, 1)
         area = (a * d - b * c).abs().clamp(min=0.0625).clamp(max=16.0).sqrt()
         unit = 2 / area.sqrt()
-        condition = torch.cat((affine / area, area.log()), 1).to(dtype)
-        condition = self.condition(condition)
+        condition = torch.cat((affine / area, area.log(), area.new_zeros(len(area), 3)), 1)
+        condition = self.condition(condition.to(dtype))
         to0, to1 = (_per_pixel(detail) for detail in (detail0, detail1))
         step = unit * affine * to1.repeat_interleave(2)
         # Everything below is in the units of GridSample, in which the image ends at -1 and 1.
@@ -128,7 +129,7 @@ def _per_pixel(detail: Tensor) -> Tensor:
 def _sample(detail: Tensor, centres: Tensor, spread: Tensor) -> Tensor:
     """Features [K, N, c] at centres [K, 2] + spread [K, 2 N]."""
     at = centres[:, None] + spread.reshape(spread.shape[0], -1, 2)
-    return F.grid_sample(detail.float(), at[None], align_corners=False)[0].permute(1, 2, 0)
+    return F.grid_sample(detail.float(), at[None], align_corners=False).permute(0, 2, 3, 1).squeeze(0)
 
 
 class _Linear(nn.Module):
