@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import torch
 
-BAND_BYTES = 512 << 20  # the products of all pairs are made for bands of rows of image 0, of about this size each
+BAND_BYTES = 288 << 20  # the products of all pairs are made for bands of rows of image 0, of at most this size each
 
 
 def local_correlation(features: torch.Tensor, flow: torch.Tensor, radius: int) -> torch.Tensor:
@@ -52,7 +52,7 @@ def _dots(features: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
     column = cells[:, 0].to(torch.int64)[:, :, None, :]
     row0, row1 = cells[0, 1], cells[1, 1]
     target0 = (row0.to(torch.int64) * width)[..., None] + column[0]  # cell of image 1 for each of image 0
-    own1 = torch.arange(count)[:, None, None]
+    target1 = column[1] * stride + torch.arange(count)[:, None, None]
     edges = _bands(height, width * stride * features.element_size())
     forward, backward = [], []
     for start, end in pairwise(edges):
@@ -62,7 +62,7 @@ def _dots(features: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
         # Direction 1: what of its windows lies in this band. The row of the matrix is the cell of image 0.
         local = row1 - start
         row = local.clamp(0, end - start - 1)
-        index = (row.to(torch.int64) * (width * stride))[..., None] + (column[1] * stride + own1)
+        index = (row.to(torch.int64) * (width * stride))[..., None] + target1
         picked = _pick(products, index)
         backward.append(picked if len(edges) == 2 else picked * (row == local).to(picked.dtype)[..., None])
     total = backward[0]
