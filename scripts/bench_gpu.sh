@@ -41,7 +41,7 @@ export_one() { # as in a line above; a bundle that is there stays
 bench() { # NAME "modes of PyTorch" "checkpoints" bundles...
     local bundles=()
     for name in "${@:4}"; do bundles+=("$out/$name.onnx"); done
-    $run bench "${bundles[@]}" --backend "$backend" --against $2 --weights $3 --runs 30 --warm-up 8 --out "$out/bench_$1.json"
+    $run bench "${bundles[@]}" --backend "$backend" --against $2 --weights $3 --runs 30 --warm-up 8 --out "$out/bench_$1.json" || failed+=("$1")
 }
 
 if [ "$part" != bench ]; then
@@ -53,6 +53,7 @@ if [ "$part" != bench ]; then
     exports | xargs -P "${JOBS:-4}" -L 1 bash -c 'export_one "$0" "$@"'
 fi
 [ "$part" != export ] || exit 0
+failed=() # the others are measured all the same
 # Some at a time, so that what was measured is there if the time runs out. "original" is RoMa and DeDoDe under autocast, the
 # others in fp32, as their authors run them.
 bench kestrel "pytorch" $kestrel kestrel_480x640
@@ -66,3 +67,4 @@ bench aliked_wide "original" "$aliked" aliked_{t16,n16}_376x1241_k{1000,2000}
 bench aliked_compiled "original-compiled" "$aliked" aliked_{t16,n16}_480x640_k1000
 bench dedode_compiled "original-compiled" "$out/dedode_detector_L.pth $out/dedode_descriptor_B.pth" dedode_k1024
 bench eloftr_compiled "original-compiled" "$out/eloftr.pth" eloftr_480x640_fp16
+[ ${#failed[@]} -eq 0 ] || { echo "not measured: ${failed[*]}" && exit 1; }
