@@ -11,11 +11,17 @@ import numpy as np
 import pytest
 import seeded
 import torch
+from recordings import TOPICS, record
+from rosbags.highlevel import AnyReader
 from test_eloftr import check_matches, gray
 
+from matchanything_ros import Matcher
 from matchanything_ros.bundle import Bundle, load_bundle
+from matchanything_ros.cli import main
 from matchanything_ros.engines import open_engine
 from matchanything_ros.errors import UserError
+from matchanything_ros.match_files import read_image
+from matchanything_ros.messages import read_correspondences
 from matchanything_tools.export import Exportable, export, network
 
 FIXED, DYNAMIC = {"size": (224, 256)}, {"min": (224, 224), "opt": (224, 288), "max": (1664, 1664)}
@@ -81,6 +87,32 @@ def test_fixed(fixed: tuple[Exportable, Bundle]) -> None:
     item, bundle = fixed
     assert check_equal(bundle, item.module, pair((224, 256), (224, 256))) >= 5
     build(bundle)
+
+
+def test_the_bundle_in_match_and_replay(fixed: tuple[Exportable, Bundle], tmp_path: Path) -> None:
+    """Nothing there knows this network: both give what the library gives."""
+    onnx = fixed[1].onnx
+    files = [Path(__file__).parent / "data" / "golden" / f"eloftr_832_gray{index}.png" for index in (0, 1)]
+    images = [read_image(file) for file in files]
+    with Matcher(onnx, score_threshold=0.01) as matcher:
+        expected = matcher.match(*images)
+    assert len(expected) > 10
+    common = ["--bundle", str(onnx), "--score-threshold", "0.01", "--out"]
+    assert main(["match", *map(str, files), *common, str(tmp_path / "match")]) == 0
+    with np.load(tmp_path / "match" / "matches.npz") as arrays:
+        for name in ("keypoints0", "keypoints1", "scores"):
+            np.testing.assert_allclose(arrays[name], getattr(expected, name), atol=1e-3)
+    bag = record(tmp_path / "bag", "mcap", [(camera, camera, image) for camera, image in enumerate(images)])
+    assert main(["replay", str(bag), "--image0", TOPICS[0], "--image1", TOPICS[1], *common, str(tmp_path / "out")]) == 0
+    with AnyReader([tmp_path / "out" / "matches.mcap"]) as reader:
+        [points] = [
+            reader.deserialize(raw, connection.msgtype)
+            for connection, _, raw in reader.messages()
+            if connection.topic.endswith("correspondences")
+        ]
+    replayed, _ = read_correspondences(points)
+    for name in ("keypoints0", "keypoints1", "scores"):
+        np.testing.assert_allclose(getattr(replayed, name), getattr(expected, name), atol=1e-3)
 
 
 def test_network_without_its_data(fixed: tuple[Exportable, Bundle], tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Bilinear upsampling (align_corners=False) as products with constant matrices.
+"""Bilinear upsampling (align_corners=False) by whole factors as products with constant matrices.
 
-On GPUs such products run at the speed of memory and in the layout that convolutions want. ONNX Runtime's own upsampling
-takes the other layout, and is several times slower.
+As in networks/upsampling.py, but with matrices that are stored, and in the order of axes that the transformer's blocks
+have anyway.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from matchanything_tools.networks.products import transposed_matmul
+from matchanything_tools.networks.upsampling import weights
 
 
 def axis_weights(count: int, factor: int) -> Tensor:
     """[factor * count, count]: rows are the weights of the old pixels in each new one."""
-    position = ((torch.arange(factor * count) + 0.5) / factor - 0.5).clamp(0, count - 1)
-    return (1 - (position[:, None] - torch.arange(count)).abs()).clamp(min=0)
+    return weights(count, factor * count, align_corners=False, like=torch.empty(0))
 
 
 class Double(nn.Module):
@@ -31,8 +31,8 @@ class Double(nn.Module):
     def __init__(self, height: int, width: int, below: int = 0, right: int = 0) -> None:
         super().__init__()
         for name, count, surplus in (("down", height, below), ("across", width, right)):
-            weights = axis_weights(count + surplus, 2)[:, :count].T
-            self.register_buffer(name, weights[None].contiguous(), persistent=False)
+            matrix = axis_weights(count + surplus, 2)[:, :count].T
+            self.register_buffer(name, matrix[None].contiguous(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, width, height, channels = x.shape
