@@ -81,12 +81,12 @@ def test_golden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         check_matches(name, [value.numpy() for value in net(*images)])
     golden = np.load(GOLDEN / f"{name}.npz")
     rows, columns = height // 32, width // 32
-    maps = torch.cat([transformer.from_blocks(x.reshape(16, -1, 1, 256), rows, columns) for x in seen[:2]])
+    cell = torch.arange(height * width // 64).reshape(1, 1, height // 8, width // 8)
+    order = coarse.block_by_block(transformer.to_blocks(cell, rows, columns)).flatten().argsort()  # to lines
+    maps = torch.stack([x[order].T.reshape(256, height // 8, width // 8) for x in seen[:2]])
     ours, theirs = maps.numpy()[:, ::32, ::4, ::4], golden["coarse_c32"]
     assert not theirs[:, :, ours.shape[2] :].any()  # padding
     assert np.abs(ours - theirs[:, :, : ours.shape[2]]).max() < 1e-3  # conditioning: 2.2e-4, of values of rms 3
-    cell = torch.arange(height * width // 64).reshape(1, 1, height // 8, width // 8)
-    order = transformer.to_blocks(cell, rows, columns).flatten().argsort()  # from blocks to lines
     conf = (seen[2] * seen[3].T)[order][:, order].numpy()
     index = golden["conf_top_ij"]
     valid = (index < conf.shape[0]).all(1)  # the maps have one width, so that rows of padding are numbered last
@@ -196,7 +196,7 @@ def test_best_pairs_are_those_of_the_whole_matrix() -> None:
 def test_cells_are_numbered_by_blocks() -> None:
     cells = coarse.make_cells(8, 12, stride=50, first=1000, device=torch.device("cpu"))
     corner = torch.stack(torch.meshgrid(torch.arange(12.0), torch.arange(8.0), indexing="xy"), 0) * 8
-    expected = transformer.to_blocks(corner[None], 2, 3)[:, :, 0].reshape(96, 2)
+    expected = coarse.block_by_block(transformer.to_blocks(corner[None], 2, 3))
     assert torch.equal(cells.corner, expected)
     column, row = (expected / 8).T
     assert torch.equal(cells.inside > 0, (row >= 2) & (row < 6) & (column >= 2) & (column < 10))
@@ -223,11 +223,12 @@ def test_windows_equal_those_cut_at_full_resolution() -> None:
 
 def test_upsampling_by_matrix_equals_interpolation() -> None:
     rows, columns = 3, 5
-    message = torch.rand(rows * columns, 2, 16, generator=torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    message, cells = torch.rand(15, 2, 16, generator=generator), torch.rand(16, 15, 2, 16, generator=generator)
     interpolated = transformer.make_grid(rows, columns, 1.0, torch.empty(0))
     by_matrix, *_ = network._Fixed((32 * rows, 32 * columns), (0, 0), 1.0, torch.float32)()
     assert by_matrix.upsampling is not None and interpolated.upsampling is None
-    results = [transformer._upsample(message, grid) for grid in (by_matrix, interpolated)]
+    results = [transformer._add_upsampled(cells, message, grid) for grid in (by_matrix, interpolated)]
     assert torch.allclose(*results, atol=1e-6)
 
 

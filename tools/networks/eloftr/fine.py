@@ -24,6 +24,8 @@ class FeaturePyramid(nn.Module):
     """Coarse features and backbone features at 1/4 and 1/2 -> fine features at 1/2. Names are the published keys."""
 
     from_coarse: Tensor
+    from_quarter: Tensor
+    from_half: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,8 +37,11 @@ class FeaturePyramid(nn.Module):
 
     def fuse(self) -> None:
         """Fold the batch norms, and the division of the coarse features by 16 (exact: a power of two)."""
-        self.register_buffer("from_coarse", self.layer3_outconv.weight.detach()[:, :, 0, 0].T / 16)
+        self.register_buffer("from_coarse", self.layer3_outconv.weight.detach()[:, :, 0, 0].T.contiguous() / 16)
         del self.layer3_outconv
+        for name, conv in (("from_quarter", "layer2_outconv"), ("from_half", "layer1_outconv")):
+            self.register_buffer(name, getattr(self, conv).weight.detach()[:, :, 0, 0].T.contiguous())
+            delattr(self, conv)
         for name in ("layer2_outconv2", "layer1_outconv2"):
             first, norm, activation, second = getattr(self, name)
             fused = conv_from(*fold_batch_norm(first.weight, norm))
@@ -47,9 +52,16 @@ class FeaturePyramid(nn.Module):
 
         Returns a table [B * H/2 * W/2, 64], a row for each pixel.
         """
-        x = self.layer2_outconv2(to_quarter(coarse @ self.from_coarse) + self.layer2_outconv(quarter))
-        x = self.layer1_outconv2(to_half(x) + self.layer1_outconv(half))
+        x = self.layer2_outconv2(_add_projected(to_quarter(coarse @ self.from_coarse), quarter, self.from_quarter))
+        x = self.layer1_outconv2(_add_projected(to_half(x), half, self.from_half))
         return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _add_projected(x: Tensor, features: Tensor, weight: Tensor) -> Tensor:
+    """Map x [B, D, H, W] plus features [B, C, H, W] times weight [C, D], added before the product is rounded."""
+    batch, channels, height, width = x.shape
+    total, rows = (y.permute(0, 2, 3, 1).reshape(-1, y.shape[1]) for y in (x, features))
+    return torch.addmm(total, rows, weight).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def windows(features: Tensor, first: Tensor, stride: int) -> Tensor:
@@ -100,9 +112,9 @@ class Refinement(nn.Module):
             (part.float() for part in window.split([MATCHING, 64 - MATCHING], -1)) for window in (windows0, windows1)
         )
         half = (first1 @ first0.transpose(1, 2)) @ self.up0.T  # [K, 36, 64]: image 1 still at half resolution
-        half = half.transpose(1, 2) * (1 / 64)  # 64: all channels, as in the original
-        # The ring around the 8x8 pixels of image 1 counts in the sum over image 1 only.
-        conf = torch.softmax(half @ self.up0.T, 1) * torch.softmax(half @ self.up1_inner_first.T, 2)[..., :64]
+        # [K, 64, 100]: the 8x8 pixels of image 1, then the ring around them, which counts in the sum over image 1 only.
+        similarity = (half.transpose(1, 2) * (1 / 64)) @ self.up1_inner_first.T  # 64: all channels, as in the original
+        conf = torch.softmax(similarity[..., :64], 1) * torch.softmax(similarity, 2)[..., :64]
         pixel0, pixel1 = quotient(conf.flatten(1).argmax(1), 64)
 
         gram = last0 @ last1.transpose(1, 2)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import coarse, fine
 from .backbone import RepVGG
 from .coarse import CELL, Cells
-from .transformer import WIDTH, CoarseTransformer, Grid, block_weights, from_blocks, make_grid, to_blocks
+from .transformer import CoarseTransformer, Grid, block_weights, from_blocks, make_grid, to_blocks
 from .upsampling import Double, double
 
 STEP = 32  # input sides are multiples of this: a cell times the 4x4 blocks of the transformer
@@ -90,7 +90,7 @@ class EfficientLoFTR(nn.Module):
         grid, cells0, cells1 = fixed()
         both = self.transformer.together(to_blocks(eighth, grid.rows, grid.columns), grid)
         table = self.pyramid(both, quarter, half, fixed.to_quarter, fixed.to_half)
-        map0, map1 = (part.reshape(-1, WIDTH) for part in both.split(1, 2))
+        map0, map1 = (coarse.block_by_block(part) for part in both.split(1, 2))
         stride = half.shape[3]
         return _Features(map0, table, stride, cells0), _Features(map1, table, stride, cells1)
 
@@ -104,7 +104,7 @@ class EfficientLoFTR(nn.Module):
             rows, columns = grid.rows, grid.columns
             table = self.pyramid(x, quarter, half, partial(_double_blocks, rows=rows, columns=columns), double)
             cells = coarse.make_cells(4 * rows, 4 * columns, 16 * columns, 0, x.device)
-            result.append(_Features(x.reshape(-1, WIDTH), table, 16 * columns, cells))
+            result.append(_Features(coarse.block_by_block(x), table, 16 * columns, cells))
         return result
 
     def _features(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from matchanything_tools.networks.attention import attention
-from matchanything_tools.networks.products import transposed_matmul
+from matchanything_tools.networks.attention import attention, norm_by_rows
+from matchanything_tools.networks.products import transposed_addmm
 
 from .upsampling import axis_weights
 
@@ -28,7 +28,7 @@ class Grid(NamedTuple):
 
     turn_query, turn_key: [T, 1, 2 C] and [T, 1, 3 C], the rotary position encoding as factors of what the projections
     give: cosines for queries or keys, sines for the same with channels swapped, ones for values.
-    upsampling: [T, 16 T], transposed for `transposed_matmul`; or None to interpolate.
+    upsampling: [T, 16 T], transposed for `transposed_addmm`; or None to interpolate.
     """
 
     rows: int
@@ -94,7 +94,7 @@ class AggregatedAttention(nn.Module):
         # A product with ones sums over the first axis in the type that is there: for sum() and amax() of fp16 the
         # exporter inserts casts to fp32 and back.
         pooled = (self.ones @ (x * self.pooling).flatten(1)).reshape(x.shape[1:])
-        queries = self.norm1(pooled) @ self.to_query
+        queries = _norm(pooled, self.norm1) @ self.to_query
         if not self.rotary:
             return queries
         query, turned = (queries * grid.turn_query).split(WIDTH, -1)
@@ -102,7 +102,7 @@ class AggregatedAttention(nn.Module):
 
     def update(self, x: Tensor, query: Tensor, source: Tensor, grid: Grid, source_grid: Grid) -> Tensor:
         """x with the messages from source to its queries."""
-        keys_values = self.norm1(_block_maximum(source)) @ self.to_key_value
+        keys_values = _norm(_block_maximum(source), self.norm1) @ self.to_key_value
         if self.rotary:
             key, turned, value = (keys_values * source_grid.turn_key).split(WIDTH, -1)
             key = key + turned
@@ -111,8 +111,8 @@ class AggregatedAttention(nn.Module):
         flat_query, key, value = (part.flatten(1)[None] for part in (query, key, value))
         message = attention(flat_query, key, value, x.shape[2] * HEADS)
         message = message.reshape(query.shape) @ self.from_message
-        hidden = F.leaky_relu(x @ self.from_cell + _upsample(message, grid))
-        return x + self.norm2(hidden @ self.to_cell)
+        hidden = F.leaky_relu(_add_upsampled(x @ self.from_cell, message, grid))
+        return x + _norm(hidden @ self.to_cell, self.norm2)
 
 
 class CoarseTransformer(nn.Module):
@@ -187,15 +187,20 @@ def _block_maximum(x: Tensor) -> Tensor:
     return F.max_pool2d(image, (BLOCK * BLOCK, 1)).permute(0, 2, 3, 1).reshape(tokens, batch, width)
 
 
-def _upsample(message: Tensor, grid: Grid) -> Tensor:
-    """[T, B, D] on blocks -> bilinear (align_corners=False) -> [16, T, B, D] on cells."""
-    tokens, batch, width = message.shape
+def _norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """norm(x) of [..., C]; every row a batch of its own, so that but one row of zeros is added."""
+    return norm_by_rows(x.reshape(-1, 1, WIDTH), norm).reshape(x.shape)
+
+
+def _add_upsampled(x: Tensor, message: Tensor, grid: Grid) -> Tensor:
+    """x [16, T, B, D] on cells plus message [T, B, D] on blocks, upsampled bilinearly (align_corners=False)."""
+    _, tokens, batch, width = x.shape
     if grid.upsampling is not None:
-        cells = transposed_matmul(grid.upsampling[None], message.reshape(1, tokens, batch * width))
-        return cells.reshape(BLOCK * BLOCK, tokens, batch, width)
+        cells = transposed_addmm(x.reshape(-1, batch * width), grid.upsampling, message.reshape(tokens, batch * width))
+        return cells.reshape(x.shape)
     coarse = message.reshape(grid.rows, grid.columns, batch, width).permute(2, 3, 0, 1)
     fine = F.interpolate(coarse, scale_factor=float(BLOCK), mode="bilinear", align_corners=False)
-    return to_blocks(fine, grid.rows, grid.columns)
+    return x + to_blocks(fine, grid.rows, grid.columns)
 
 
 def block_weights(count: int) -> Tensor:
