@@ -141,16 +141,18 @@ def test_local_affine_finds_the_map_despite_rounding_to_cells() -> None:
     assert (found - truth).abs().mean() < 0.04
 
 
-def test_export_equals_pytorch_at_other_sizes_than_the_example(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fixed", [False, True])
+def test_export_equals_pytorch_at_all_its_sizes(tmp_path: Path, fixed: bool) -> None:
     network = small_network()
     fuse(network)
-    module = KestrelMatcher(network, max_matches=64).eval()
-    item = exportable(module, ((32, 32), (64, 96), (128, 128)))
+    module = KestrelMatcher(network, max_matches=64, same_size=fixed).eval()
+    item = exportable(module, ((64, 96),) * 3 if fixed else ((32, 32), (64, 96), (128, 128)))
     bundle = export(item, tmp_path / "small.onnx")
     import onnxruntime as ort
 
     session = ort.InferenceSession(str(bundle.onnx), providers=["CPUExecutionProvider"])
-    for shape0, shape1 in (((64, 96), (128, 64)), ((32, 64), (32, 32))):  # the second has fewer cells than rows
+    others = (((64, 96), (128, 64)), ((32, 64), (32, 32)))  # than the example's; the second has fewer cells than rows
+    for shape0, shape1 in (((64, 96), (64, 96)),) if fixed else others:
         image0, image1 = torch.rand(1, 1, *shape0), torch.rand(1, 1, *shape1)
         with torch.inference_mode():
             expected = module(image0, image1)

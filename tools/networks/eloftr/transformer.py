@@ -69,8 +69,8 @@ class AggregatedAttention(nn.Module):
         query, key = self.q_proj.weight.double(), self.k_proj.weight.double()
         value = self.v_proj.weight.double()
         first, second = (self.mlp.get_parameter(f"{index}.weight").double() for index in (0, 2))
-        queries = [query, _rotated(query)] if self.rotary else [query]
-        keys = [key, _rotated(key)] if self.rotary else [key]
+        queries = [query, rotated(query)] if self.rotary else [query]
+        keys = [key, rotated(key)] if self.rotary else [key]
         weights = {
             "pooling": self.aggregate.weight.double().reshape(WIDTH, BLOCK * BLOCK).T.reshape(-1, 1, 1, WIDTH),
             "ones": torch.ones(1, BLOCK * BLOCK),
@@ -208,7 +208,7 @@ def block_weights(count: int) -> Tensor:
     return axis_weights(count, BLOCK).reshape(count, BLOCK, count).permute(2, 1, 0)
 
 
-def _rotated(weight: Tensor) -> Tensor:
+def rotated(weight: Tensor) -> Tensor:
     """Rows (a, b) of every pair of channels -> (-b, a): the part of a rotation that the sine multiplies."""
     pairs = weight.reshape(-1, 2, weight.shape[1])
     return torch.stack([-pairs[:, 1], pairs[:, 0]], 1).reshape(weight.shape)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from matchanything_tools.networks.eloftr.backbone import fold_batch_norm
+
 
 class RepConv(nn.Module):
     """conv3x3 + BN beside an identity (or conv1x1 + BN), then ReLU; `fuse` folds all of it into one convolution.
@@ -72,11 +74,8 @@ class ConvBN(nn.Module):
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the one convolution that does the same in eval mode (folded in double precision)."""
-        norm = self.norm
-        assert norm.running_var is not None and norm.running_mean is not None
-        scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-        weight = self.conv.weight.double() * scale[:, None, None, None]
-        return weight.detach(), (norm.bias.double() - norm.running_mean.double() * scale).detach()
+        weight, bias = fold_batch_norm(self.conv.weight, self.norm)
+        return weight.detach(), bias.detach()
 
 
 def _conv_relu(weight: Tensor, bias: Tensor, stride: int) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from matchanything_tools.networks.attention import attention, norm_by_rows
+from matchanything_tools.networks.eloftr.transformer import rotated
 from matchanything_tools.networks.kestrel.blocks import AggregatedAttention, rotary_table
 from matchanything_tools.networks.kestrel.model import SHARPNESS, Features, Kestrel
 from matchanything_tools.networks.products import transposed_matmul
@@ -106,8 +107,8 @@ class Attention(nn.Module):
             "pool": layer.pool.permute(3, 1, 0, 2)
             if together
             else layer.pool,  # the weights of a convolution, or tiles
-            "to_query": torch.cat((query, _turned(query))).T if rotary else query.T,
-            "to_key_value": torch.cat((key, _turned(key), value) if rotary else (key, value)).T,
+            "to_query": torch.cat((query, rotated(query))).T if rotary else query.T,
+            "to_key_value": torch.cat((key, rotated(key), value) if rotary else (key, value)).T,
             "from_cell": first[:, :dim].T,
             "from_message": (first[:, dim:] @ layer.out.weight.double()).T,
             "to_cell": layer.mlp_out.weight.T,
@@ -205,12 +206,6 @@ def _exchanged(x: Tensor) -> Tensor:
 def _tiles(x: Tensor) -> Tensor:
     batch, height, width, dim = x.shape
     return x.reshape(batch, height // BLOCK, BLOCK, width // BLOCK, BLOCK, dim)
-
-
-def _turned(weight: Tensor) -> Tensor:
-    """Rows (a, b) of every pair of channels -> (-b, a): the part of a rotation that the sine multiplies."""
-    pairs = weight.reshape(-1, 2, weight.shape[1])
-    return torch.stack((-pairs[:, 1], pairs[:, 0]), 1).reshape(weight.shape)
 
 
 def _scaled(linear: nn.Linear, factor: float) -> nn.Linear:
