@@ -52,7 +52,8 @@ class Preprocess:
     interpolation: "area", "linear", "bicubic", "bicubic_antialias" or "lanczos" (see resample.py).
     divisor: dynamic sizes are padded to multiples of this.
     long_side_limit: if set, first reduce to this long side by area (the MatchAnything demo does).
-    gray: "luma" (ITU-R 601 in floating point) or "pil_l" (truncate to uint8, then the integer arithmetic of PIL's "L").
+    gray: "luma" (ITU-R 601 in floating point), "pil_l" (resized, truncated to uint8, then the integer arithmetic of
+        PIL's "L") or "pil_l_first" (what PIL does by itself: "L", then resized in uint8, rounded after each axis).
     """
 
     channels: str = "rgb"
@@ -70,7 +71,7 @@ class Preprocess:
             self.interpolation,
             ("area", "linear", "bicubic", "bicubic_antialias", "lanczos"),
         )
-        _one_of("preprocess.gray", self.gray, ("luma", "pil_l"))
+        _one_of("preprocess.gray", self.gray, ("luma", "pil_l", "pil_l_first"))
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def prepare(image: Image, preprocess: Preprocess, spec: InputSpec) -> tuple[Floa
     # Resizing 8-bit values would round; converting first keeps what the networks were trained with. Where the result is
     # to be truncated, values stay in [0, 255] till then: a rounding more on the way costs a gray level here and there.
     pixels: Float = image.astype(np.float32)
-    scale = (255.0 if image.dtype == np.float32 else 1.0) if preprocess.gray == "pil_l" else None
+    scale = None if preprocess.gray == "luma" else 255.0 if image.dtype == np.float32 else 1.0
     if scale is not None:
         pixels *= np.float32(scale)
     elif image.dtype == np.uint8:
@@ -90,13 +90,22 @@ def prepare(image: Image, preprocess: Preprocess, spec: InputSpec) -> tuple[Floa
         pixels = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB), np.float32)
     if preprocess.channels == "gray" and pixels.ndim == 3 and preprocess.gray == "luma":
         pixels = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), np.float32)
+    eight_bits = preprocess.channels == "gray" and preprocess.gray == "pil_l_first"
+    if eight_bits:
+        pixels = _pil_l(pixels)
     limit = preprocess.long_side_limit
     if limit is not None and max(height, width) > limit:
         factor = limit / max(height, width)
         pixels = resize(pixels, round(height * factor), round(width * factor), "area")
-    pixels = resize(pixels, content[0], content[1], preprocess.interpolation)
-    if preprocess.gray == "pil_l":
-        pixels = _pil_l(pixels) if preprocess.channels == "gray" else pixels / np.float32(255)
+    if eight_bits:
+        pixels = _rounded(resize(pixels, pixels.shape[0], content[1], preprocess.interpolation))
+        pixels = _rounded(resize(pixels, content[0], content[1], preprocess.interpolation))
+    else:
+        pixels = resize(pixels, content[0], content[1], preprocess.interpolation)
+        if preprocess.gray == "pil_l" and preprocess.channels == "gray":
+            pixels = _pil_l(pixels)
+    if scale is not None:
+        pixels = pixels / np.float32(255)
     planes = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, 2, 0)
     size = input_size(content, preprocess, spec)
     out = np.zeros((1, planes.shape[0], *size), np.float32)
@@ -105,9 +114,14 @@ def prepare(image: Image, preprocess: Preprocess, spec: InputSpec) -> tuple[Floa
 
 
 def _pil_l(pixels: Float) -> Float:
-    """[0, 255]: truncate to 8 bits, then luma in PIL's integer arithmetic (ITU-R 601), to [0, 1]."""
+    """[0, 255]: truncate to 8 bits, then luma in PIL's integer arithmetic (ITU-R 601)."""
     bytes_ = np.clip(pixels, 0, 255).astype(np.uint8)
     if bytes_.ndim == 3:
         red, green, blue = (bytes_[..., channel].astype(np.uint32) for channel in range(3))
         bytes_ = ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).astype(np.uint8)
-    return bytes_.astype(np.float32) / np.float32(255)
+    return bytes_.astype(np.float32)
+
+
+def _rounded(pixels: Float) -> Float:
+    """To 8 bits as PIL rounds, kept as float32."""
+    return np.asarray(np.clip(np.floor(pixels + np.float32(0.5)), 0, 255), np.float32)

@@ -67,11 +67,12 @@ def test_every_interpolation(interpolation: str, target: tuple[int, int], channe
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("interpolation", ["bicubic_antialias", "lanczos", "area"])
-def test_pil_gray_within_one_step(interpolation: str, channels: int) -> None:
-    """A value at a whole number may be truncated to the next lower one: one step, and for few pixels."""
+@pytest.mark.parametrize("gray", ["pil_l", "pil_l_first"])
+def test_pil_gray_within_one_step(gray: str, interpolation: str, channels: int) -> None:
+    """A value at a whole number (or a half) may fall to the next lower one: one step, and for few pixels."""
     target = (40, 64)
     spec = InputSpec("image0", 0, target, target, target)
-    preprocess = Preprocess(channels="gray", gray="pil_l", interpolation=interpolation)
+    preprocess = Preprocess(channels="gray", gray=gray, interpolation=interpolation)
     image = picture(97, 131, channels)
     wanted, given_ = prepare(image, preprocess, spec)[0], on_device(image, preprocess, spec)
     off = np.abs(given_ - wanted)

@@ -66,6 +66,20 @@ def test_gray_and_colour_are_made_from_each_other() -> None:
     assert three.shape[1] == 3 and np.allclose(three, 200 / 255, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [(40, 64), (97, 64), (150, 200)])
+def test_gray_first_is_what_pil_does(size: tuple[int, int]) -> None:
+    """To the bit, but for sums at a half, which PIL forms in 22-bit integers."""
+    pil = pytest.importorskip("PIL.Image")
+    rgb = np.random.default_rng(0).integers(0, 256, (97, 131, 3), np.uint8)
+    preprocess = Preprocess(channels="gray", gray="pil_l_first", interpolation="lanczos")
+    for image in (rgb, rgb[..., 0], rgb.astype(np.float32) / 255):
+        given, _ = prepare(image, preprocess, InputSpec("image0", 0, size, size, size))
+        as_bytes = (image * 255).astype(np.uint8) if image.dtype == np.float32 else image
+        expected = np.asarray(pil.fromarray(as_bytes).convert("L").resize(size[::-1], pil.LANCZOS), np.float32)
+        off = np.abs(given[0, 0] * 255 - expected)
+        assert off.max() < 1.01 and (off > 0.01).mean() < 1e-3
+
+
 def test_pil_l_is_the_integer_formula() -> None:
     rgb = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
     gray, _ = prepare(rgb, Preprocess(channels="gray", gray="pil_l"), FIXED)

@@ -138,7 +138,8 @@ class GpuPreprocessor:
         height, width = input_size(content, preprocess, spec)
         channels = 3 if image.ndim == 3 else 1
         gray = preprocess.channels == "gray"
-        luma = gray and channels == 3 and preprocess.gray == "luma"
+        eight_bits = gray and preprocess.gray == "pil_l_first"
+        luma = 2 if eight_bits else int(gray and channels == 3 and preprocess.gray == "luma")
         planes = 1 if luma else channels
         (first_y, weights_y, taps_y), (first_x, weights_x, taps_x) = self._axis(
             source_height, source_width, preprocess, content
@@ -147,13 +148,13 @@ class GpuPreprocessor:
         stream = self._worker.stream
         self._rows.prepared_async_call(
             _grid(content[1], source_height), BLOCK, stream,
-            int(self._images[spec.image][1]), source_height, source_width, channels, int(luma),
+            int(self._images[spec.image][1]), source_height, source_width, channels, luma,
             first_x, weights_x, taps_x, content[1], int(between),
         )  # fmt: skip
-        pil = gray and preprocess.gray == "pil_l"
+        pil = 2 if eight_bits else int(gray and preprocess.gray == "pil_l")
         self._columns.prepared_async_call(
             _grid(width, height), BLOCK, stream,
-            int(between), source_height, content[1], planes, first_y, weights_y, taps_y, content[0], int(pil),
+            int(between), source_height, content[1], planes, first_y, weights_y, taps_y, content[0], pil,
             1 if gray else 3, height, width, int(out),
         )  # fmt: skip
 

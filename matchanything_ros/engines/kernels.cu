@@ -2,8 +2,14 @@
 // Every interpolation is separable and linear: a table per axis (first source pixel, weights [taps, target]) is all that
 // differs between them. kernels.ptx is made from this file; see test_kernels.py for how.
 
+__device__ static float rounded(float value) {
+  value += 0.5f;
+  return value < 0.0f ? 0.0f : value > 255.0f ? 255.0f : (float)(int)value;
+}
+
 // uint8 [source_height, source_width, channels] -> float [source_height, width, planes], values / 255.
 // planes: 1 when the image has one channel or `luma` asks for ITU-R 601 gray, else 3.
+// luma: 1 for gray in floating point; 2 as PIL does: gray in its integer arithmetic, sums rounded to 8 bits.
 extern "C" __global__ void resize_rows(const unsigned char* image, int source_height, int source_width, int channels,
                                        int luma, const int* first, const float* weights, int taps, int width,
                                        float* out) {
@@ -19,6 +25,8 @@ extern "C" __global__ void resize_rows(const unsigned char* image, int source_he
     const unsigned char* pixel = row + column * channels;
     if (channels == 1) {
       sum0 += weight * pixel[0];
+    } else if (luma == 2) {
+      sum0 += weight * ((19595 * pixel[0] + 38470 * pixel[1] + 7471 * pixel[2] + 32768) >> 16);
     } else if (luma) {
       sum0 += weight * (0.299f * pixel[0] + 0.587f * pixel[1] + 0.114f * pixel[2]);
     } else {
@@ -27,6 +35,7 @@ extern "C" __global__ void resize_rows(const unsigned char* image, int source_he
       sum2 += weight * pixel[2];
     }
   }
+  if (luma == 2) sum0 = rounded(sum0);
   const float scale = 1.0f / 255.0f;
   if (channels == 1 || luma) {
     out[(long long)y * width + x] = sum0 * scale;
@@ -44,7 +53,7 @@ __device__ static int truncated(float value) {
 }
 
 // float [source_height, width, planes] -> float [out_planes, out_height, out_width]; zero outside of [height, width].
-// pil: truncate to 8 bits and take luma in PIL's integer arithmetic (out_planes 1).
+// pil: 1 to truncate to 8 bits and take luma in PIL's integer arithmetic (out_planes 1); 2 to round to 8 bits.
 extern "C" __global__ void resize_columns(const float* rows, int source_height, int width, int planes,
                                           const int* first, const float* weights, int taps, int height, int pil,
                                           int out_planes, int out_height, int out_width, float* out) {
@@ -64,7 +73,9 @@ extern "C" __global__ void resize_columns(const float* rows, int source_height, 
         sum2 += weight * pixel[2];
       }
     }
-    if (pil) {
+    if (pil == 2) {
+      sum0 = rounded(sum0 * 255.0f) / 255.0f;
+    } else if (pil) {
       int gray = truncated(sum0);
       if (planes == 3) gray = (19595 * gray + 38470 * truncated(sum1) + 7471 * truncated(sum2) + 32768) >> 16;
       sum0 = gray / 255.0f;

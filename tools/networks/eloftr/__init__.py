@@ -91,7 +91,7 @@ def preprocessing(pipeline: str, dynamic: bool) -> Preprocess:
         resize="fit_stretch" if dynamic else "stretch",
         interpolation="lanczos",
         divisor=STEP,
-        gray="pil_l",
+        gray="pil_l_first",
     )
 
 
