@@ -59,11 +59,11 @@ def add_and_norm(
 
 def norm_by_rows(x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
     """norm(x) of [B, N, C] by the kernel that adds first, here zeros: ONNX Runtime's for the norm alone is twice as
-    slow on a GPU."""
+    slow on a GPU. As many zeros as x has: its strict mode refuses to broadcast them."""
     if torch.onnx.is_in_onnx_export():
         result = torch.onnx.ops.symbolic(
             f"{_DOMAIN}::SkipLayerNormalization",
-            (x, x.new_zeros(1, *x.shape[1:]), norm.weight, norm.bias, x.new_zeros(x.shape[2])),
+            (x, x.new_zeros(x.shape), norm.weight, norm.bias, x.new_zeros(x.shape[2])),
             {"epsilon": norm.eps},
             dtype=x.dtype,
             shape=x.shape,
