@@ -154,7 +154,7 @@ def test_half_precision_of_the_whole_network(checkpoints: tuple[Path, Path], tmp
     words = ["export", "roma", "--weights", str(checkpoints[0]), "--dinov2", str(checkpoints[1]), "--precision", "fp16"]
     assert main([*words, "--coarse", str(COARSE), "--upsample", str(FINE), "--out", str(tmp_path / "roma.onnx")]) == 0
     wanted, _ = roma_case.golden("small")
-    with Matcher(tmp_path / "roma.onnx", backend="onnxruntime-cpu") as matcher:
+    with Matcher(tmp_path / "roma.onnx", backend="onnxruntime-cpu", as_exported=True) as matcher:
         matches = matcher.match(*roma_case.pictures(), dense=True)
     assert matches.warp is not None
     warp = np.moveaxis(matches.warp, 0, 2)[::4, ::4]
