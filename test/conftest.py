@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+from typing import TYPE_CHECKING
+
 import pytest
 
 from matchanything_ros.bundle import Bundle
+
+if TYPE_CHECKING:
+    from matchanything_tools.export import Exportable
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +43,21 @@ def small_dedode(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     out = folder / "dedode.onnx"
     assert cli.main([*words, "--out", str(out)]) == 0
     return load_bundle(out)
+
+
+@pytest.fixture(scope="session")
+def small_eloftr(tmp_path_factory: pytest.TempPathFactory) -> tuple[Exportable, Bundle]:
+    """ELoFTR for 224x256, fp32, 200 matches, its weights in a file beside the graph as those of larger networks are."""
+    pytest.importorskip("torch", reason="torch makes the test's network")
+    import seeded
+
+    from matchanything_tools.export import export, network
+
+    folder = tmp_path_factory.mktemp("eloftr")
+    args: dict[str, object] = dict.fromkeys(("min", "opt", "max", "score_threshold", "pipeline"))
+    args |= {"weights": seeded.save("eloftr", folder / "eloftr.ckpt"), "licence": "none: random"}
+    args |= {"size": (224, 256), "precision": "fp32", "max_matches": 200}
+    item = network("eloftr").exportable(argparse.Namespace(**args))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matchanything_tools.export.EXTERNAL_DATA_OVER", 1 << 20)
+        return item, export(item, folder / "small.onnx")

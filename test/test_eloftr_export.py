@@ -74,27 +74,17 @@ def build(bundle: Bundle) -> None:
     assert len(memoryview(build_engine(bundle, target="sm_86").data)) > 1_000_000
 
 
-@pytest.fixture(scope="module")
-def fixed(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Exportable, Bundle]:
-    """A small fp32 bundle, its weights in a file beside the graph as those of larger networks are."""
-    item = exportable(weights, **FIXED)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("matchanything_tools.export.EXTERNAL_DATA_OVER", 1 << 20)
-        bundle = export(item, tmp_path_factory.mktemp("fixed") / "fixed.onnx")
-    assert bundle.onnx.with_name("fixed.onnx.data").stat().st_size > 50e6 > 10 * bundle.onnx.stat().st_size
-    return item, bundle
-
-
 @pytest.mark.tensorrt
-def test_fixed(fixed: tuple[Exportable, Bundle]) -> None:
-    item, bundle = fixed
+def test_fixed(small_eloftr: tuple[Exportable, Bundle]) -> None:
+    item, bundle = small_eloftr
+    assert bundle.onnx.with_name("small.onnx.data").stat().st_size > 50e6 > 10 * bundle.onnx.stat().st_size
     assert check_equal(bundle, item.module, pair((224, 256), (224, 256))) >= 5
     build(bundle)
 
 
-def test_the_bundle_in_match_and_replay(fixed: tuple[Exportable, Bundle], tmp_path: Path) -> None:
+def test_the_bundle_in_match_and_replay(small_eloftr: tuple[Exportable, Bundle], tmp_path: Path) -> None:
     """Nothing there knows this network: both give what the library gives."""
-    onnx = fixed[1].onnx
+    onnx = small_eloftr[1].onnx
     files = [Path(__file__).parent / "data" / "golden" / f"eloftr_832_gray{index}.png" for index in (0, 1)]
     images = [read_image(file) for file in files]
     with Matcher(onnx, score_threshold=0.01) as matcher:
@@ -118,11 +108,11 @@ def test_the_bundle_in_match_and_replay(fixed: tuple[Exportable, Bundle], tmp_pa
         np.testing.assert_allclose(getattr(replayed, name), getattr(expected, name), atol=1e-3)
 
 
-def test_network_without_its_data(fixed: tuple[Exportable, Bundle], tmp_path: Path) -> None:
+def test_network_without_its_data(small_eloftr: tuple[Exportable, Bundle], tmp_path: Path) -> None:
     for suffix in (".onnx", ".json"):
-        shutil.copy(fixed[1].onnx.with_suffix(suffix), tmp_path)
-    with pytest.raises(UserError, match=r"fixed\.onnx\.data.*missing"):
-        load_bundle(tmp_path / "fixed.onnx")
+        shutil.copy(small_eloftr[1].onnx.with_suffix(suffix), tmp_path)
+    with pytest.raises(UserError, match=r"small\.onnx\.data.*missing"):
+        load_bundle(tmp_path / "small.onnx")
 
 
 @pytest.mark.tensorrt

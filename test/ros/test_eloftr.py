@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import cv2
@@ -11,6 +10,7 @@ import pytest
 from dds import Client, NodeProcess, new_domain
 
 from matchanything_ros import Matcher
+from matchanything_ros.bundle import Bundle
 from matchanything_ros.messages import read_correspondences
 
 pytestmark = pytest.mark.ros
@@ -18,22 +18,14 @@ pytestmark = pytest.mark.ros
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
 
-def test_eloftr_in_the_node(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    import seeded
-
-    from matchanything_tools.export import export, network
-
-    args = dict.fromkeys(("min", "opt", "max", "pipeline"))
-    args |= {"weights": seeded.save("eloftr", tmp_path / "eloftr.ckpt"), "size": (224, 256), "max_matches": 200}
-    args |= {"precision": "fp32", "licence": "none: random", "score_threshold": 0.01}
-    bundle = export(network("eloftr").exportable(argparse.Namespace(**args)), tmp_path / "eloftr.onnx")
+def test_eloftr_in_the_node(small_eloftr: tuple[object, Bundle], tmp_path: Path) -> None:
+    bundle = small_eloftr[1]
     images = [cv2.imread(str(GOLDEN / f"eloftr_832_gray{index}.png"), cv2.IMREAD_GRAYSCALE) for index in (0, 1)]
-    with Matcher(bundle.onnx, backend="onnxruntime-cpu") as matcher:
+    with Matcher(bundle.onnx, score_threshold=0.01, backend="onnxruntime-cpu") as matcher:
         expected = matcher.match(*images)
     assert len(expected) > 10
     domain = new_domain()
-    settings = {"bundle": bundle.onnx, "image_qos": "reliable", "backend": "onnxruntime-cpu"}
+    settings = {"bundle": bundle.onnx, "image_qos": "reliable", "backend": "onnxruntime-cpu", "score_threshold": 0.01}
     node = NodeProcess(domain, tmp_path / "log", settings, "image0:=/cam0/image", "image1:=/cam1/image")
     client = Client(domain, node, topics=("/cam0/image", "/cam1/image"))
     try:
