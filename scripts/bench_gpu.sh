@@ -17,6 +17,7 @@ eloftr="--weights $out/eloftr.pth --score-threshold 0.01"
 exports() { # NAME FAMILY flags...: one export a line
     echo "roma_accurate roma $roma --precision fp16"
     echo "roma_fast roma $roma --variant fast --precision fp16"
+    echo "roma_coarse roma $roma --variant coarse --precision fp16"
     for size in 480x640 832x832; do
         for precision in fp16 fp32; do echo "eloftr_${size}_$precision eloftr $eloftr --size $size --precision $precision"; done
     done
@@ -57,7 +58,7 @@ failed=() # the others are measured all the same
 # Some at a time, so that what was measured is there if the time runs out. "original" is RoMa and DeDoDe under autocast, the
 # others in fp32, as their authors run them.
 bench kestrel "pytorch" $kestrel kestrel_480x640
-bench roma "original" "$out/roma.pth $out/dinov2.pth" roma_accurate roma_fast
+bench roma "original" "$out/roma.pth $out/dinov2.pth" roma_accurate roma_fast roma_coarse
 bench eloftr "original original-autocast" "$out/eloftr.pth" eloftr_{480x640,832x832}_fp16
 bench eloftr_fp32 "original" "$out/eloftr.pth" eloftr_{480x640,832x832}_fp32
 bench dedode "original" "$out/dedode_detector_L.pth $out/dedode_descriptor_B.pth" dedode_k{1024,2048,3840,8192}
