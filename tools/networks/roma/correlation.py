@@ -58,21 +58,20 @@ def _dots(features: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
     for start, end in pairwise(edges):
         products = (left[start * width : end * width] @ right.T).flatten()
         own0 = torch.arange(0, (end - start) * width * stride, stride)[:, None, None]
-        forward.append(_pick(products, own0 + target0[start * width : end * width]))
+        index0 = own0 + target0[start * width : end * width]
         # Direction 1: what of its windows lies in this band. The row of the matrix is the cell of image 0.
         local = row1 - start
         row = local.clamp(0, end - start - 1)
-        index = (row.to(torch.int64) * (width * stride))[..., None] + target1
-        picked = _pick(products, index)
-        backward.append(picked if len(edges) == 2 else picked * (row == local).to(picked.dtype)[..., None])
+        index1 = (row.to(torch.int64) * (width * stride))[..., None] + target1
+        # One gather for both: with two, a runtime may make all bands for the first before it frees any for the second.
+        picked = products.index_select(0, torch.cat((index0, index1)).flatten()).view(-1, *index1.shape[1:])
+        picked0, picked1 = picked.split((index0.shape[0], count))
+        forward.append(picked0)
+        backward.append(picked1 if len(edges) == 2 else picked1 * (row == local).to(picked.dtype)[..., None])
     total = backward[0]
     for more in backward[1:]:
         total = total + more
     return torch.stack((torch.cat(forward), total))
-
-
-def _pick(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return values.index_select(0, index.flatten()).view(index.shape)
 
 
 def _bands(rows: int, row_bytes: int) -> list[int]:
