@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import numpy.typing as npt
+import onnxruntime as ort
 import pytest
 import roma_case
 import seeded
@@ -21,7 +22,7 @@ from matchanything_ros.bundle import Bundle, load_bundle
 from matchanything_ros.cli import main
 from matchanything_ros.engines import open_engine
 from matchanything_ros.matcher import Matcher
-from matchanything_tools.networks.roma import RomaMatcher
+from matchanything_tools.networks.roma import RomaMatcher, correlation
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 COARSE, FINE = 224, 320  # of the golden result
@@ -160,6 +161,29 @@ def test_half_precision_of_the_whole_network(checkpoints: tuple[Path, Path], tmp
     warp = np.moveaxis(matches.warp, 0, 2)[::4, ::4]
     error = roma_case.pixel_error(warp, wanted["warp"], FINE)[wanted["certainty"] > 0.05]
     assert error.mean() < 0.25 and (error < 1).mean() > 0.99  # what users are promised of fp16
+
+
+class Correlation(torch.nn.Module):
+    def forward(self, features: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
+        return correlation.local_correlation(features, flow, 2)
+
+
+def test_bands_of_products_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime must be done with the products of one band before it makes the next: together they are gigabytes."""
+    side = 24
+    monkeypatch.setattr(correlation, "BAND_BYTES", side**4)  # four bands of fp32
+    arrays = {"features": torch.rand(2, side, side, 16), "flow": 2 * torch.rand(2, 2, side, side) - 1}
+    path = tmp_path / "correlation.onnx"
+    torch.onnx.export(Correlation(), tuple(arrays.values()), path, input_names=list(arrays), dynamo=True, verbose=False)
+    options = ort.SessionOptions()
+    options.enable_profiling = True
+    options.profile_file_prefix = str(tmp_path / "profile")
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session.run(None, {name: value.numpy() for name, value in arrays.items()})
+    events = json.loads(Path(session.end_profiling()).read_text())
+    run = [event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time")]
+    order = "".join({"MatMul": "M", "FusedMatMul": "M", "Gather": "g"}.get(kind, "") for kind in run)
+    assert order.endswith("MgMgMgMg") and order.count("M") == 4
 
 
 @pytest.mark.parametrize(("finest", "side"), [(1, 154), (8, 168)])
