@@ -27,4 +27,4 @@ done
     add "n16_$matching" --variant n16 --weights "$weights/aliked-n16.pth" --matching $matching &
 done
 wait
-$run evaluate "$pairs" "${bundles[@]}" --backend "$backend" --poses 100 --out "$out/accuracy"
+$run evaluate "$pairs" "${bundles[@]}" --backend "$backend" --poses 30 --out "$out/accuracy"
