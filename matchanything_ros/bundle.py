@@ -110,7 +110,7 @@ class Manifest:
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
-        _one_of("precision", self.precision, ("fp32", "fp16", "bf16"))
+        _one_of("precision", self.precision, ("fp32", "fp16"))
         for name in ("keypoints0", "keypoints1", "scores"):
             if name not in self.outputs:
                 raise ValueError(f"outputs lacks '{name}'")

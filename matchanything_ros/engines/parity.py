@@ -20,9 +20,9 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 RADIUS_PX = 1.0  # a match is found again if both of its ends are this near
 # Which share of the matches must be found again, both ways, and how far off the median one may be. Matches at the score
 # threshold, and keypoints at the end of a top-K, come and go with rounding: in fp16 one in five was allowed for.
-LEAST_FOUND = {"fp32": 0.95, "fp16": 0.80, "bf16": 0.70}
-MOST_MEDIAN_PX = {"fp32": 0.1, "fp16": 0.3, "bf16": 0.6}
-MOST_WARP_PX = {"fp32": 0.5, "fp16": 1.0, "bf16": 2.0}  # median over what is certain; the golden warp is stored in fp16
+LEAST_FOUND = {"fp32": 0.95, "fp16": 0.80}
+MOST_MEDIAN_PX = {"fp32": 0.1, "fp16": 0.3}
+MOST_WARP_PX = {"fp32": 0.5, "fp16": 1.0}  # median over what is certain; the golden warp is stored in fp16
 
 
 @dataclass(frozen=True)
