@@ -41,8 +41,8 @@ class Limits:
 
 
 # fp32: the original itself moves by 3e-5 px under noise of 1e-6, with a rare jump to another fine match. fp16: what a
-# conversion is published with is 0.23 px, 99.2 %, 5 % and 0.96; we ask for more where rounding allows it. Keypoints at the
-# edge of a top-K change places by rounding, with their matches: sparse networks reach 97 to 98 %, and correlation 0.985.
+# conversion is published with is 0.23 px, 99.2 %, 5 % and 0.96; we ask for more where rounding allows it. Keypoints at
+# the edge of a top-K change places by rounding, with their matches: sparse networks reach 97 to 98 % and 0.985.
 LIMITS = {
     "fp32": Limits(0.02, 0.005, 0.99, 0.999),
     "fp16": Limits(0.25, 0.02, 0.97, 0.98),
