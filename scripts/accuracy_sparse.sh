@@ -2,7 +2,7 @@
 # Accuracy of every ALIKED network in fp32 and fp16, and of every way of matching with n16: the tables of docs/sparse.md.
 # WEIGHTS: folder with aliked-{t16,n16,n16rot,n32}.pth as published (those that are missing are left out).
 # usage, from the repository: scripts/accuracy_sparse.sh OUT PAIRS WEIGHTS [backend, default onnxruntime-cuda]
-# Fp16 is fp16 on a GPU only: CPUs of x86 run it in fp32. PRECISIONS=fp16 makes the rows of fp16 alone.
+# On a CPU of x86 ONNX Runtime rounds to fp16 less often than a GPU does. PRECISIONS=fp16 makes the rows of fp16 alone.
 set -eu
 out=$1 pairs=$2 weights=$3 backend=${4:-onnxruntime-cuda} precisions=${PRECISIONS:-fp32 fp16}
 run="python3 -m matchanything_ros.cli"
