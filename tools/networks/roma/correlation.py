@@ -55,8 +55,12 @@ def _dots(features: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
     target1 = column[1] * stride + torch.arange(count)[:, None, None]
     edges = _bands(height, width * stride * features.element_size())
     forward, backward = [], []
+    after: torch.Tensor | None = None
     for start, end in pairwise(edges):
-        products = (left[start * width : end * width] @ right.T).flatten()
+        rows = left[start * width : end * width]
+        if after is not None:
+            rows = rows + after  # an exact zero, known only when the band before is done: TensorRT would keep them all
+        products = (rows @ right.T).flatten()
         own0 = torch.arange(0, (end - start) * width * stride, stride)[:, None, None]
         index0 = own0 + target0[start * width : end * width]
         # Direction 1: what of its windows lies in this band. The row of the matrix is the cell of image 0.
@@ -64,10 +68,11 @@ def _dots(features: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
         row = local.clamp(0, end - start - 1)
         index1 = (row.to(torch.int64) * (width * stride))[..., None] + target1
         # One gather for both: with two, a runtime may make all bands for the first before it frees any for the second.
-        picked = products.index_select(0, torch.cat((index0, index1)).flatten()).view(-1, *index1.shape[1:])
-        picked0, picked1 = picked.split((index0.shape[0], count))
+        numbers = products.index_select(0, torch.cat((index0, index1)).flatten())
+        after = numbers[:1].clamp(0.0, 0.0)
+        picked0, picked1 = numbers.view(-1, *index1.shape[1:]).split((index0.shape[0], count))
         forward.append(picked0)
-        backward.append(picked1 if len(edges) == 2 else picked1 * (row == local).to(picked.dtype)[..., None])
+        backward.append(picked1 if len(edges) == 2 else picked1 * (row == local).to(numbers.dtype)[..., None])
     total = backward[0]
     for more in backward[1:]:
         total = total + more
