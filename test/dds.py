@@ -240,6 +240,22 @@ class Client:
         return None
 
 
+def answer_of_a_node(
+    settings: dict[str, object], log: Path, image0: np.ndarray, image1: np.ndarray
+) -> tuple[Correspondences, Homography]:
+    """What a node with these parameters, started for it and stopped in order, answers to one pair."""
+    domain = new_domain()
+    settings = {"backend": "onnxruntime-cpu", "image_qos": "reliable", **settings}
+    client = Client(domain, NodeProcess(domain, log, settings))
+    try:
+        client.connected()
+        return client.match(100.0, image0, image1)
+    finally:
+        client.close()
+        status = client.process.stop()
+        assert status == 0 and "Traceback" not in client.process.log, client.process.log
+
+
 def image_message(pixels: np.ndarray, encoding: str = "") -> Image:
     height, width = pixels.shape[:2]
     return Image(

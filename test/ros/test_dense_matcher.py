@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dds import Client, NodeProcess, new_domain
+from dds import answer_of_a_node
 from numpy.testing import assert_allclose
 
 from matchanything_ros import Matcher
@@ -21,15 +21,7 @@ def test_roma_answers_what_the_library_answers(shallow_roma: Bundle, tmp_path: P
     image0, image1 = roma_case.pictures()
     with Matcher(shallow_roma, backend="onnxruntime-cpu") as matcher:
         expected = matcher.match(image0, image1)
-    settings = {"bundle": shallow_roma.onnx, "backend": "onnxruntime-cpu", "image_qos": "reliable"}
-    domain = new_domain()
-    client = Client(domain, NodeProcess(domain, tmp_path / "log", settings))
-    try:
-        client.connected()
-        points, homography = client.match(100.0, image0, image1)
-    finally:
-        client.close()
-        assert client.process.stop() == 0, client.process.log
+    points, homography = answer_of_a_node({"bundle": shallow_roma.onnx}, tmp_path / "log", image0, image1)
     assert points.matcher == homography.matcher == "roma-shallow"
     matches, _ = read_correspondences(points)
     assert len(matches) == len(expected) > 100

@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from dds import Client, NodeProcess, new_domain
+from dds import answer_of_a_node
 
 from matchanything_ros import Matcher
 from matchanything_ros.bundle import Bundle
@@ -24,15 +24,7 @@ def test_dedode_answers_what_the_library_answers(small_dedode: Bundle, tmp_path:
     )
     with Matcher(small_dedode, backend="onnxruntime-cpu") as matcher:
         expected = matcher.match(image0, image1)
-    settings = {"bundle": small_dedode.onnx, "backend": "onnxruntime-cpu", "image_qos": "reliable"}
-    domain = new_domain()
-    client = Client(domain, NodeProcess(domain, tmp_path / "log", settings))
-    try:
-        client.connected()
-        points, _ = client.match(100.0, image0, image1)
-    finally:
-        client.close()
-        assert client.process.stop() == 0, client.process.log
+    points, _ = answer_of_a_node({"bundle": small_dedode.onnx}, tmp_path / "log", image0, image1)
     matches, _ = read_correspondences(points)
     assert points.matcher == "dedode-BB" and len(matches) == len(expected) > 10
     found, wanted = (

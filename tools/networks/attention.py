@@ -17,16 +17,14 @@ from onnxscript import script
 from onnxscript.values import Opset
 from torch import nn
 
-from matchanything_tools.networks.products import FusedMatMul
-
-_DOMAIN = "com.microsoft"
+from matchanything_tools.networks.products import DOMAIN, FusedMatMul
 
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v for each of `num_heads` heads of width D; all [B, N, num_heads * D]."""
     if torch.onnx.is_in_onnx_export():
         result = torch.onnx.ops.symbolic(
-            f"{_DOMAIN}::MultiHeadAttention",
+            f"{DOMAIN}::MultiHeadAttention",
             (query, key, value),
             {"num_heads": num_heads},
             dtype=query.dtype,
@@ -45,7 +43,7 @@ def add_and_norm(
     """The end of a residual branch and the norm behind it: norm(s) and s = x + branch + bias; all [B, N, C]."""
     if torch.onnx.is_in_onnx_export():
         normed, _, _, total = torch.onnx.ops.symbolic_multi_out(
-            f"{_DOMAIN}::SkipLayerNormalization",
+            f"{DOMAIN}::SkipLayerNormalization",
             (branch, x, norm.weight, norm.bias, bias),
             {"epsilon": norm.eps},
             dtypes=(x.dtype, torch.float32, torch.float32, x.dtype),
@@ -62,7 +60,7 @@ def norm_by_rows(x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
     slow on a GPU. As many zeros as x has: its strict mode refuses to broadcast them."""
     if torch.onnx.is_in_onnx_export():
         result = torch.onnx.ops.symbolic(
-            f"{_DOMAIN}::SkipLayerNormalization",
+            f"{DOMAIN}::SkipLayerNormalization",
             (x, x.new_zeros(x.shape), norm.weight, norm.bias, x.new_zeros(x.shape[2])),
             {"epsilon": norm.eps},
             dtype=x.dtype,
@@ -120,7 +118,7 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear
     return linear
 
 
-@script(Opset(_DOMAIN, 1), default_opset=op)
+@script(Opset(DOMAIN, 1), default_opset=op)
 def MultiHeadAttention(query, key, value, num_heads: int):  # type: ignore[no-untyped-def]
     heads = op.Concat(op.Constant(value_ints=[0, 0]), op.Reshape(num_heads, [1]), op.Constant(value_ints=[-1]), axis=0)
     # [B, N, heads * D] -> [B, heads, N, D], the key transposed
@@ -133,7 +131,7 @@ def MultiHeadAttention(query, key, value, num_heads: int):  # type: ignore[no-un
     return op.Reshape(merged, op.Constant(value_ints=[0, 0, -1]))
 
 
-@script(Opset(_DOMAIN, 1), default_opset=op)
+@script(Opset(DOMAIN, 1), default_opset=op)
 def SkipLayerNormalization(input, skip, gamma, beta, bias, epsilon: float):  # type: ignore[no-untyped-def]
     total = op.Add(skip, op.Add(input, bias))
     output = op.LayerNormalization(total, gamma, beta, axis=-1, epsilon=epsilon)
@@ -143,14 +141,14 @@ def SkipLayerNormalization(input, skip, gamma, beta, bias, epsilon: float):  # t
 
 def add_function_bodies(model: onnx_ir.Model) -> None:
     """Give the nodes of an exported model that are ONNX Runtime's own their bodies in standard operators."""
-    outputs = {node.op_type: len(node.outputs) for node in model.graph if node.domain == _DOMAIN}
+    outputs = {node.op_type: len(node.outputs) for node in model.graph if node.domain == DOMAIN}
     for body in (MultiHeadAttention, SkipLayerNormalization, FusedMatMul):
         if body.name in outputs:
             function = onnx_ir.from_proto(body.to_function_proto())
             assert isinstance(function, onnx_ir.Function)
             del function.outputs[outputs[body.name] :]  # TensorRT's parser wants as many as the nodes have
             model.functions[function.identifier()] = function
-            model.opset_imports.setdefault(_DOMAIN, 1)
+            model.opset_imports.setdefault(DOMAIN, 1)
 
 
 class Mlp(nn.Module):

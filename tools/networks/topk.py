@@ -75,19 +75,23 @@ def topk_blocks(values: Tensor, k: int, *, block: int, limit: int = PASS_LIMIT) 
     _, chosen = topk(highest[:, 0, 0], k, limit=limit)
     candidates = table.gather(1, chosen.unsqueeze(2).expand(-1, -1, block)).reshape(batch, k * block)
     best, slot = topk(candidates, k, limit=limit)
-    within = whole_quotient(slot, block)
-    index = chosen.gather(1, within) * block + (slot - within * block)
+    within, place = quotient(slot, block)
+    index = chosen.gather(1, within) * block + place
     return best, torch.where(best > ABSENT, index, torch.zeros_like(index))
 
 
-def whole_quotient(index: Tensor, divisor: int) -> Tensor:
-    """index // divisor of int64 >= 0; a division that rounds to zero, which ONNX has, not down, which it has not."""
+def quotient(index: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
+    """Quotient and remainder of int64 indices >= 0.
+
+    By a division that rounds to zero, which ONNX has, not down, which it has not: // exports as seven operators.
+    """
     if torch.onnx.is_in_onnx_export():
         by = torch.full((), divisor, dtype=torch.int64, device=index.device)
         result = torch.onnx.ops.symbolic("Div", (index, by), dtype=index.dtype, shape=index.shape)
         assert isinstance(result, Tensor)
-        return result
-    return torch.div(index, divisor, rounding_mode="trunc")
+    else:
+        result = torch.div(index, divisor, rounding_mode="trunc")
+    return result, index - result * divisor
 
 
 def _topk_rows(values: Tensor, k: int, rows: int) -> tuple[Tensor, Tensor]:

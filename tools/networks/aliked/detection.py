@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matchanything_tools.networks.sampling import pixel_grid, sample
-from matchanything_tools.networks.topk import topk, whole_quotient
+from matchanything_tools.networks.topk import quotient, topk
 
 RADIUS = 2  # of the suppression and of the sub-pixel window
 TEMPERATURE = 0.1  # of the softmax over the sub-pixel window
@@ -55,8 +55,8 @@ def refine(scores: Tensor, pixels: Tensor) -> Tensor:
     around = (pixels.unsqueeze(2) + steps).clamp(min=0)  # only padding, at pixel 0, reaches out of the map
     around = torch.minimum(around, torch.full((), height * width - 1, dtype=torch.int64, device=scores.device))
     values = scores.flatten(1).gather(1, around.flatten(1)).reshape(around.shape)
-    y = whole_quotient(pixels, width)
-    centre = torch.stack((pixels - y * width, y), dim=2).float()
+    y, x = quotient(pixels, width)
+    centre = torch.stack((x, y), dim=2).float()
     return centre + torch.softmax(values / TEMPERATURE, dim=2) @ window
 
 

@@ -11,7 +11,7 @@ from matchanything_tools.networks.dedode.decoder import Decoder, upsample
 from matchanything_tools.networks.dinov2 import PATCH, DinoV2
 from matchanything_tools.networks.maxima import largest
 from matchanything_tools.networks.sampling import pixel_grid, read, sample, size_xy
-from matchanything_tools.networks.topk import topk_blocks, whole_quotient
+from matchanything_tools.networks.topk import quotient, topk_blocks
 from matchanything_tools.networks.vgg import VGG19
 
 DESCRIPTOR_LENGTH = 256
@@ -128,8 +128,8 @@ def detect(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     score = (probability * torch.rsqrt(density + 1e-8)).flatten(1)
     # The least work is with blocks of sqrt(pixels / k); 8 is near that for the usual sizes and numbers.
     scores, index = topk_blocks(score, k, block=8)
-    y = whole_quotient(index, width)
-    return torch.stack((index - y * width, y), dim=2).float(), scores.clamp(min=0)
+    y, x = quotient(index, width)
+    return torch.stack((x, y), dim=2).float(), scores.clamp(min=0)
 
 
 def density_matrix(size: int, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from matchanything_tools.networks.topk import topk
+from matchanything_tools.networks.topk import quotient, topk
 
 from .transformer import to_blocks
 
@@ -81,12 +81,6 @@ def best_pairs(over1: Tensor, over0: Tensor, inside0: Tensor, inside1: Tensor, c
     allowed = inside0[:, None] * inside1.index_select(0, partner.reshape(-1)).reshape(-1, PARTNERS)
     scores, place = _largest((best.float() * other.float() * allowed).reshape(-1), count)
     return scores, quotient(place, PARTNERS)[0], partner.reshape(-1).index_select(0, place)
-
-
-def quotient(index: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
-    """Quotient and remainder of indices >= 0. One integer division: // and torch.div export as seven operators each."""
-    whole: Tensor = torch.ops.prims.div(index, divisor)
-    return whole, index - whole * divisor
 
 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from matchanything_tools.networks.topk import quotient
+
 from .backbone import conv_from, fold_batch_norm
-from .coarse import quotient
 from .upsampling import axis_weights
 
 CELL = 8  # pixels of a coarse cell

@@ -28,9 +28,9 @@ class Window(nn.Module):
         c[:, :hidden] = last.weight.detach()[:2]
         c[:, hidden : hidden + 2], c[:, hidden + 2 : hidden + 4] = torch.eye(2), -torch.eye(2)
         self.filled = -a.shape[1] % 8
-        self.first = _linear(F.pad(a, (0, self.filled)), F.pad(first.bias.detach(), (0, 8)))
-        self.second = _linear(b, F.pad(second.bias.detach(), (0, 8)))
-        self.last = _linear(c, last.bias.detach()[:2])
+        self.first = _Linear(F.pad(a, (0, self.filled)), F.pad(first.bias.detach(), (0, 8)))
+        self.second = _Linear(b, F.pad(second.bias.detach(), (0, 8)))
+        self.last = _Linear(c, last.bias.detach()[:2])
 
     def forward(self, queries: Tensor, keys: Tensor, partner: Tensor, shape: tuple[int, int], start: int) -> Tensor:
         """queries [K, c], keys [rows, c] of which image 1's, of height and width `shape`, begin at `start`; partner
@@ -80,12 +80,12 @@ class Patch(nn.Module):
         condition = F.pad(refiner.condition.weight.detach(), (0, 3, 0, PADDED))
         bias = torch.cat((refiner.hidden.bias + refiner.condition.bias, refiner.shift.bias)).detach()
         never = torch.full((PADDED - samples,), -1e4)
-        self.condition = _linear(condition, torch.cat((bias, never)))
+        self.condition = _Linear(condition, torch.cat((bias, never)))
         middle, last = _linear_layers(refiner.out)
-        self.middle = _linear(middle.weight.detach(), middle.bias.detach())
+        self.middle = _Linear(middle.weight.detach(), middle.bias.detach())
         final = torch.zeros(2, PADDED + middle.out_features)
         final[:, :samples], final[:, PADDED:] = refiner.grid.T, last.weight.detach()[:2]
-        self.last = _linear(final[[0, 1, 0, 1]], last.bias.detach()[[0, 1, 0, 1]])
+        self.last = _Linear(final[[0, 1, 0, 1]], last.bias.detach()[[0, 1, 0, 1]])
         # Steps [4] (two rows, from x and y) times these are the samples' places about the centre, x, y, x, y, ...
         grid = refiner.grid.detach()
         spread = torch.zeros(2, 2, samples, 2)
@@ -146,7 +146,3 @@ class _Linear(nn.Module):
 
 def _linear_layers(layers: nn.Sequential) -> list[nn.Linear]:
     return [layer for layer in layers if isinstance(layer, nn.Linear)]
-
-
-def _linear(weight: Tensor, bias: Tensor) -> _Linear:
-    return _Linear(weight, bias)
