@@ -155,6 +155,8 @@ def test_kernels_equal_the_cpu_within_one_step(drv: Any, report: Report) -> None
                     {"resize": "fit"},
                     {"long_side_limit": 300},
                 ):
+                    if settings.get("gray") == "pil_l_first" and interpolation not in ("bicubic_antialias", "lanczos"):
+                        continue
                     preprocess = Preprocess(interpolation=interpolation, **settings)  # type: ignore[arg-type]
                     spec = InputSpec("image0", 0, target, target, target)
                     for image in pictures(count, (376, 1241, 3), (1080, 1920), (97, 131, 3)):
