@@ -86,7 +86,11 @@ class DeformableConv3x3(nn.Module):
         still = (pixel_grid(height, width, x.device).unsqueeze(2) + taps).reshape(1, height, width * 9, 2)
         # One GridSample over a map nine times as wide, instead of nine; the nine taps of a pixel are neighbours in it.
         sampled = sample(x, still, offsets.reshape(batch, height, width * 9, 2))
-        return F.conv2d(sampled, self.regular_conv.weight.reshape(-1, channels, 1, 9), self.regular_conv.bias, (1, 9))
+        # As a product: cuDNN 9.19 in fp16 computes a convolution of kernel and stride (1, 9) with bias wrongly.
+        columns = sampled.permute(0, 2, 3, 1).reshape(batch * height * width, 9 * channels)
+        weight = self.regular_conv.weight.permute(2, 3, 1, 0).reshape(9 * channels, -1)
+        y = columns @ weight if self.regular_conv.bias is None else torch.addmm(self.regular_conv.bias, columns, weight)
+        return y.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
 
     def _operator(self, x: Tensor, offsets: Tensor) -> Tensor:
         weight, bias = self.regular_conv.weight, self.regular_conv.bias

@@ -31,16 +31,18 @@ class DescriptorHead(nn.Module):
         dim, dtype, positions = self.sf_conv.in_channels, self.sf_conv.weight.dtype, self.positions
         batch, count = keypoints.shape[:2]
         around = keypoints.floor().unsqueeze(2) + (pixel_grid(3, 3, keypoints.device).reshape(9, 2) - 1)
-        # Keypoints are the rows and their pixels or positions the columns of maps, which every layer below reads as
-        # they are: a 3x3 patch is nine columns, and the products over all positions are convolutions as wide.
+        # Keypoints are the rows and their pixels or positions the columns of maps, which is what every layer below reads
+        # as it is: the convolution of a 3x3 patch is a product, and so are those of single positions.
         first, second = self.offset_conv[0], self.offset_conv[2]
         assert isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d) and second.bias is not None
-        hidden = F.conv2d(features.at(around).to(dtype), first.weight.reshape(-1, dim, 1, 9), first.bias)
-        # Published as all x, then all y: made (x, y) of each position, which is then a view of channels-last memory.
+        assert first.bias is not None
+        patches = features.at(around).to(dtype).permute(0, 2, 3, 1).reshape(batch * count, 9 * dim)
+        hidden = F.selu(torch.addmm(first.bias, patches, first.weight.permute(2, 3, 1, 0).reshape(9 * dim, -1)))
+        # Published as all x, then all y: made (x, y) of each position, which is then a view of the product.
         weight, bias = (
             x.unflatten(0, (2, positions)).transpose(0, 1).flatten(0, 1) for x in (second.weight, second.bias)
         )
-        offsets = F.conv2d(F.selu(hidden), weight, bias).permute(0, 2, 3, 1).float().clamp(-limit, limit)
+        offsets = torch.addmm(bias, hidden, weight.flatten(1).T).float().clamp(-limit, limit)
         sampled = features.between(keypoints.unsqueeze(2) + offsets.reshape(batch, count, positions, 2)).to(dtype)
         parts = sampled.shape[2] // count
         summing = self.sf_conv.weight.expand(-1, -1, parts, -1)
