@@ -53,8 +53,8 @@ class Preprocess:
     divisor: dynamic sizes are padded to multiples of this.
     long_side_limit: if set, first reduce to this long side by area (the MatchAnything demo does).
     gray: "luma" (ITU-R 601 in floating point), "pil_l" (resized, truncated to uint8, then the integer arithmetic of
-        PIL's "L") or "pil_l_first" (what PIL does by itself: "L", then resized in uint8, rounded after each axis; with PIL's own
-        interpolations, "bicubic_antialias" and "lanczos").
+        PIL's "L") or "pil_l_first" (what PIL does by itself: "L", then resized in uint8, rounded after each axis; only
+        with PIL's own interpolations, "bicubic_antialias" and "lanczos").
     """
 
     channels: str = "rgb"

@@ -39,7 +39,9 @@ def test_validate_equal(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "within 0.1 px" in capsys.readouterr().out
 
 
-def test_validate_fails_past_the_tolerance(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def moved(bundle: Path, tmp_path: Path) -> Path:
+    """The bundle with a golden result that is 0.3 px to the right of and below the network's."""
     for suffix in (".onnx", ".json", ".golden.npz"):
         shutil.copy(bundle.with_suffix(suffix), tmp_path)
     moved = tmp_path / bundle.name
@@ -48,6 +50,10 @@ def test_validate_fails_past_the_tolerance(bundle: Path, tmp_path: Path, capsys:
     np.savez(golden, **{**arrays, "keypoints1": arrays["keypoints1"] + np.float32(0.3)})
     manifest = json.loads(moved.with_suffix(".json").read_text())
     moved.with_suffix(".json").write_text(json.dumps(manifest | {"golden_sha256": sha256_of(golden)}))
+    return moved
+
+
+def test_validate_fails_past_the_tolerance(moved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["validate", str(moved), "--out", str(tmp_path / "validation.json")]
     assert main(words) == 1
     assert "keypoints are 0.424 px off (limit 0.02)" in capsys.readouterr().err  # 0.3 px in x and in y
@@ -81,10 +87,16 @@ def test_bench(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         # A total holds its stages; a bound from above would fail whenever another program takes the processor.
         parts = sum(stages[name]["min_ms"] for name in stages if name != "total")
         assert parts <= stages["total"]["min_ms"] + 1e-6
-        assert entry["host_peak_mib"] >= 0
-    assert "speedup" in capsys.readouterr().out
+        assert entry["host_peak_mib"] >= 0 and entry["golden"]["passed"] and entry["golden"]["found"] > 0.95
+    printed = capsys.readouterr().out
+    assert "speedup" in printed and "not the golden result" not in printed
     assert main(["bench", str(bundle), "--against", "original"]) == 1
     assert "--against needs --weights" in capsys.readouterr().err
+
+
+def test_bench_of_a_wrong_result_says_so(moved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(f"bench {moved} --runs 1 --warm-up 0 --out {tmp_path / 'bench.json'}".split()) == 0
+    assert "not the golden result: small onnxruntime-cpu: matches are 0.42 px off" in capsys.readouterr().out
 
 
 def test_inspect(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """`matchanything bench`: speed and memory by stage, of bundles in backends and of the networks that they came from.
 
 The compared things take turns, a few pairs each, so that what slows the machine down slows all of them: ratios hold
-where single figures do not.
+where single figures do not. Speed of wrong results is worth nothing: each is compared with the golden result, too.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import numpy as np
 
 from matchanything_ros.bundle import Bundle, load_bundle
 from matchanything_ros.engines import BACKENDS
+from matchanything_ros.engines.parity import Parity, compare, load_golden
 from matchanything_ros.errors import UserError
 from matchanything_ros.preprocess import Image
 from matchanything_tools import machine
 from matchanything_tools.contenders import MODES, STAGES, BundleContender, Contender, Opener, TorchContender, measure
-from matchanything_tools.validate import golden_images, read_images
+from matchanything_tools.validate import golden_images, network_inputs, read_images
 
 BLOCK = 5  # pairs in a row: more than one, so that caches are as warm as on a robot; few, so that all see the same load
 
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
             contenders.append(contender)
             memory.append(used)
         times = take_turns(contenders, images, args.runs)
+        parities = [against_golden(contender) for contender in contenders]
     finally:
         for contender in contenders:
             contender.close()
@@ -72,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
     first = {bundle.onnx: next(c.name for c in contenders if c.bundle is bundle) for bundle in bundles}
     for index, contender in enumerate(contenders):
         base = times[[c.name for c in contenders].index(first[contender.bundle.onnx])]
-        report["results"].append(result(contender, times[index], base, memory[index]))
+        entry = result(contender, times[index], base, memory[index])
+        report["results"].append({**entry, "golden": parities[index].as_dict()})
     print(table(report))
     args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
@@ -101,6 +104,14 @@ def take_turns(
             for _ in range(min(BLOCK, runs - len(times[index]))):
                 times[index].append(measure(contender, *images[contender.bundle.onnx]))
     return times
+
+
+def against_golden(contender: Contender) -> Parity:
+    """The contender on the golden images of its bundle. (It is asked last: another image size may take memory.)"""
+    bundle = contender.bundle
+    golden = load_golden(bundle)
+    outputs, _ = contender.run(network_inputs(bundle, golden["image0"], golden["image1"])[0])
+    return compare(golden, outputs, bundle.manifest.score_threshold, bundle.manifest.precision)
 
 
 def drawn_images(bundle: Bundle) -> tuple[Image, Image]:
@@ -169,4 +180,7 @@ def table(report: dict[str, Any]) -> str:
             f"{entry['speedup']['network']:>9.2f}x{device:>12}{entry['host_peak_mib']:>10.0f}"
         )
     lines.append("speedup: of the network, against the first line of the same bundle")
+    for entry in report["results"]:
+        if not entry["golden"]["passed"]:
+            lines.append(f"not the golden result: {entry['name']}: {entry['golden']['summary']}")
     return "\n".join(lines)

@@ -31,8 +31,8 @@ class DescriptorHead(nn.Module):
         dim, dtype, positions = self.sf_conv.in_channels, self.sf_conv.weight.dtype, self.positions
         batch, count = keypoints.shape[:2]
         around = keypoints.floor().unsqueeze(2) + (pixel_grid(3, 3, keypoints.device).reshape(9, 2) - 1)
-        # Keypoints are the rows and their pixels or positions the columns of maps, which is what every layer below reads
-        # as it is: the convolution of a 3x3 patch is a product, and so are those of single positions.
+        # Keypoints are the rows and their pixels or positions the columns of maps, which all layers below read as they
+        # are: the convolution of a 3x3 patch is a product, and so is that of a position.
         first, second = self.offset_conv[0], self.offset_conv[2]
         assert isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d) and second.bias is not None
         assert first.bias is not None
