@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from tiny_bundle import write_bundle
 
 from matchanything_ros.engines import open_engine
-from matchanything_ros.engines.parity import check_parity, compare, load_golden
+from matchanything_ros.engines.parity import check_parity, compare, load_golden, warn_if_wrong
 from matchanything_ros.errors import UserError
 
 RNG = np.random.Generator(np.random.PCG64(11))
@@ -113,3 +115,20 @@ def test_another_golden_result_is_refused(tmp_path: Path) -> None:
     bundle.golden.unlink()
     with pytest.raises(UserError, match="is missing"):
         load_golden(bundle)
+
+
+def test_an_engine_that_is_wrong_is_warned_of(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path)
+    engine = open_engine(bundle, "onnxruntime-cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_wrong(engine)
+    arrays = load_golden(bundle)
+    np.savez(bundle.golden, **{**arrays, "keypoints1": arrays["keypoints1"] + np.float32(3)})
+    engine.bundle = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, golden_sha256=None))
+    with pytest.warns(RuntimeWarning, match="in onnxruntime-cpu does not give the result it was exported with"):
+        warn_if_wrong(engine)
+    bundle.golden.unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_wrong(engine)  # a bundle without a golden result cannot be checked

@@ -70,4 +70,10 @@ def open_engine(bundle: Bundle, backend: str = "auto", as_exported: bool = False
     from matchanything_ros.engines.onnxruntime import OnnxRuntimeEngine
 
     device = {"onnxruntime-cuda": "cuda", "onnxruntime-cpu": "cpu"}.get(backend, "auto")
-    return OnnxRuntimeEngine(bundle, device, as_exported=as_exported)
+    opened = OnnxRuntimeEngine(bundle, device, as_exported=as_exported)
+    if opened.backend == "onnxruntime-cuda" and bundle.manifest.fixed:
+        # Also the warm-up. A dynamic network would search kernels for the golden images' size only.
+        from matchanything_ros.engines.parity import warn_if_wrong
+
+        warn_if_wrong(opened)
+    return opened

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,21 @@ def check_parity(engine: Engine) -> Parity:
     inputs = {s.name: prepare(images[s.image], bundle.manifest.preprocess, s)[0] for s in bundle.manifest.inputs}
     outputs = engine.run(inputs)
     return compare(golden, outputs, bundle.manifest.score_threshold, bundle.manifest.precision)
+
+
+def warn_if_wrong(engine: Engine) -> None:
+    """A RuntimeWarning if the engine does not give the golden result: a library's kernel can be wrong on one kind of GPU,
+    as cuDNN 9.19's for 1x9 convolutions with bias in fp16 was."""
+    if not engine.bundle.golden.is_file():
+        return
+    parity = check_parity(engine)
+    if not parity.passed:
+        warnings.warn(
+            f"{engine.bundle.onnx.name} in {engine.backend} does not give the result it was exported with "
+            f"({parity.summary}): use another version of the backend's libraries, or the backend onnxruntime-cpu.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def load_golden(bundle: Bundle) -> dict[str, npt.NDArray[Any]]:
