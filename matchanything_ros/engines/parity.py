@@ -55,8 +55,8 @@ def check_parity(engine: Engine) -> Parity:
 
 
 def warn_if_wrong(engine: Engine) -> None:
-    """A RuntimeWarning if the engine does not give the golden result: a library's kernel can be wrong on one kind of GPU,
-    as cuDNN 9.19's for 1x9 convolutions with bias in fp16 was."""
+    """A RuntimeWarning if the engine does not give the golden result: a library's kernel can be wrong on one kind of
+    GPU, as cuDNN 9.19's for 1x9 convolutions with bias in fp16 was."""
     if not engine.bundle.golden.is_file():
         return
     parity = check_parity(engine)
