@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from matchanything_tools.networks.maxima import largest
 from matchanything_tools.networks.mutual import match
 from matchanything_tools.networks.sampling import DeformableConv3x3, sample
+from matchanything_tools.networks.stripes import StripedConv, striped
 from matchanything_tools.networks.topk import topk, topk_blocks
 from matchanything_tools.networks.upsampling import upsampled_sum
 
@@ -166,3 +167,27 @@ def test_deformable_convolution_is_its_definition() -> None:
             at = bilinear(x[0].numpy(), column + tap % 3 - 1 + dx, row + tap // 3 - 1 + dy)
             value += weight[:, :, tap // 3, tap % 3] @ at
         assert np.allclose(found[:, row, column], value, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kernel", "stride", "width", "planes", "columns"),
+    [
+        (3, 3, 1, 64, True, 8),
+        (3, 3, 1, 54, True, 2),
+        (1, 3, 2, 64, True, 8),
+        (16, 3, 1, 64, False, 4),
+        (4, 1, 1, 48, False, 16),
+    ],
+)
+def test_stripes_change_no_sum(inputs: int, kernel: int, stride: int, width: int, planes: bool, columns: int) -> None:
+    """Also at the borders; the tolerance is a few roundings of sums of 144 products."""
+    generator = torch.Generator().manual_seed(0)
+    conv = torch.nn.Conv2d(inputs, 12, kernel, stride, kernel // 2, bias=inputs != 4)
+    for parameter in conv.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    x = torch.randn(2, inputs, 10, width, generator=generator)
+    over_stripes = striped(conv, width, planes=planes)
+    assert isinstance(over_stripes, StripedConv) and over_stripes.columns == columns
+    assert torch.allclose(over_stripes(x), conv(x), atol=1e-4)
+    if stride == 2:
+        assert torch.allclose(over_stripes(x, 2, 16), conv(F.pad(x, (0, 16, 0, 2))), atol=1e-4)

@@ -7,10 +7,10 @@ numbered as in torchvision's `vgg19_bn().features[:40]`, which is how every publ
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-WIDENED = 8
+from matchanything_tools.networks.stripes import striped
+
 WIDTHS: tuple[int | None, ...] = (64, 64, None, 128, 128, None, *4 * (256,), None, *4 * (512,), None)  # None: pooling
 
 
@@ -34,24 +34,15 @@ class VGG19(nn.Module):
                 width = wanted
         self.layers = nn.Sequential(*layers)
 
-    @torch.no_grad()
-    def widen(self) -> VGG19:
-        """Give the first convolution eight input channels, five of them empty: with three, no matrix unit takes it."""
-        first = self.layers[0]
-        assert isinstance(first, nn.Conv2d)
-        first.weight = nn.Parameter(F.pad(first.weight, (0, 0, 0, 0, 0, WIDENED - 3)), requires_grad=False)
-        first.in_channels = WIDENED
+    def stripe(self, width: int = 8) -> VGG19:
+        """Run the first convolution over stripes (see stripes.py) of images of this width; for fp16, norms folded."""
+        self.layers[0] = striped(self.layers[0], width, planes=True)
         return self
 
     def forward(self, image: torch.Tensor) -> dict[int, torch.Tensor]:
         """Features by stride: what enters each pooling. The last pooling itself is never needed."""
         features: dict[int, torch.Tensor] = {}
         x = image
-        if self.layers[0].in_channels == WIDENED:
-            # Written with the channels last, as convolutions read them: to turn three planes around later takes longer.
-            planes = image.unbind(1)
-            empty = (torch.zeros_like(planes[0]),) * (WIDENED - 3)
-            x = torch.stack((*planes, *empty), 3).permute(0, 3, 1, 2)
         for layer in self.layers:
             if isinstance(layer, nn.MaxPool2d):
                 features[self.strides[len(features)]] = x

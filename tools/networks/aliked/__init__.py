@@ -113,6 +113,8 @@ def exportable(args: argparse.Namespace) -> Exportable:
         if isinstance(module, DeformableConv3x3):
             module.as_operator = args.deform_conv
     if args.precision == "fp16":
+        if fixed:
+            network.stripe()
         network.half()
     if min(min(spec.min) for spec in inputs) < DIVISOR:
         raise UserError(f"ALIKED needs sides of at least {DIVISOR} pixels: choose a larger --size or --min.")

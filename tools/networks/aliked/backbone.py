@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from matchanything_tools.networks.aliked.features import upsample
 from matchanything_tools.networks.sampling import DeformableConv3x3
+from matchanything_tools.networks.stripes import striped
 from matchanything_tools.networks.upsampling import upsampled_sum
 
 DIVISOR = 32  # the lowest resolution is 1/32
@@ -87,14 +88,12 @@ class Backbone(nn.Module):
             nn.SELU(),
             nn.Conv2d(4, 1, 3, padding=1, bias=False),
         )
+        self.reduce = nn.ModuleList()  # the first layer of the score head for each of the four groups: see fuse
 
     def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Image [B, 3, H, W] in [0, 1], H and W multiples of 32 -> score map [B, 1, H, W] float32 in (0, 1), and
         four groups of channels of the features (see features.py), [B, dim / 4, H / s, W / s] with s = 1, 2, 8, 32."""
         size = image.shape[2:]
-        if image.dtype == torch.float16:
-            # Channels last, as convolutions want it on a GPU: to turn three planes around there takes longer.
-            image = torch.stack(image.unbind(1), 3).permute(0, 3, 1, 2)
         x1 = self.block1(image)
         x2 = self.block2(F.avg_pool2d(x1, 2))
         x3 = self.block3(F.avg_pool2d(x2, 4))
@@ -112,12 +111,25 @@ class Backbone(nn.Module):
         """Fold every batch norm into a convolution; afterwards the keys are no longer those of the checkpoint."""
         for block in (self.block1, self.block2, self.block3, self.block4):
             block.fuse()
-
-    def _score_logits(self, groups: list[Tensor], size: torch.Size) -> Tensor:
         # The first layer is linear and so is upsampling: reducing to 8 channels first, at the low resolutions, is the
         # same and saves most of the work.
-        parts = self.score_head[0].weight.chunk(4, dim=1)
-        x, *low = (F.conv2d(group, weight) for group, weight in zip(groups, parts, strict=True))
+        for weight in self.score_head[0].weight.chunk(4, dim=1):
+            reduce = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=False)
+            reduce.weight = nn.Parameter(weight, requires_grad=False)
+            self.reduce.append(reduce)
+
+    def stripe(self) -> None:
+        """Run the convolutions of high resolution over stripes (see stripes.py), for fp16; call `fuse` before."""
+        width, half = DIVISOR, DIVISOR // 2  # or a multiple
+        first, second = self.block1, self.block2
+        first.conv1, first.conv2 = striped(first.conv1, width, planes=True), striped(first.conv2, width)
+        second.conv1, second.conv2 = striped(second.conv1, half), striped(second.conv2, half)
+        self.conv1, self.reduce[0] = striped(self.conv1, width), striped(self.reduce[0], width)
+        for layer in (2, 4, 6):
+            self.score_head[layer] = striped(self.score_head[layer], width)
+
+    def _score_logits(self, groups: list[Tensor], size: torch.Size) -> Tensor:
+        x, *low = (reduce(group) for reduce, group in zip(self.reduce, groups, strict=True))
         if x.dtype == torch.float16 and isinstance(size[0], int) and isinstance(size[1], int):
             x = x + upsampled_sum(low, (size[0], size[1]), align_corners=True)
         else:

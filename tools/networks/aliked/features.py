@@ -110,7 +110,9 @@ class ReadFeatures:
         for group in self._low:
             parts.append(F.grid_sample(group, grid, align_corners=True).permute(0, 2, 3, 1))
         features = torch.cat(parts, dim=3)
-        return features * (weights.unsqueeze(3) / lengths(features)).to(features.dtype)
+        # As a matrix, for whose rows ONNX Runtime has a faster kernel than for broadcasting along any other axis.
+        rows = features.flatten(0, 2)
+        return (rows * (weights.reshape(-1, 1) / lengths(rows)).to(rows.dtype)).reshape(features.shape)
 
 
 def upsample(x: Tensor, size: torch.Size) -> Tensor:

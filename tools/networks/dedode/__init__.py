@@ -146,7 +146,7 @@ def exportable(args: argparse.Namespace) -> Exportable:
             part.half()
             for layer in part.modules():
                 if isinstance(layer, VGG19):
-                    layer.widen()
+                    layer.stripe()
     common = {
         "family": "dedode",
         "variant": f"{_letter(detector)}{_letter(descriptor)}",

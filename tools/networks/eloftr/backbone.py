@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from matchanything_tools.networks.stripes import StripedConv
+
 
 class RepVGGBlock(nn.Module):
     """relu(BN(conv3x3) + BN(conv1x1) + BN(x)); the identity branch exists where input and output have one shape.
@@ -57,51 +59,21 @@ class RepVGG(nn.Module):
 
     def forward(self, image: Tensor, below: int = 0, right: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """below, right: pixels of zeros to be added to the image."""
-        striped = isinstance(self.layer0, Stem)
-        half = self.layer1(
-            self.layer0(image, below, right) if striped else self.layer0(F.pad(image, (0, right, 0, below)))
-        )
+        if isinstance(self.layer0, StripedConv):
+            first = F.relu(self.layer0(image, below, right))
+        else:
+            first = self.layer0(F.pad(image, (0, right, 0, below)))
+        half = self.layer1(first)
         quarter = self.layer2(half)
         return half, quarter, self.layer3(quarter)
 
     def fuse(self, striped: bool = False) -> None:
-        """Replace every block by its fused form. striped: the first one by a Stem."""
+        """Replace every block by its fused form. striped: the first one runs over stripes."""
         assert isinstance(self.layer0, RepVGGBlock)
         first = self.layer0.fused()
-        self.layer0 = Stem(first[0]) if striped else first
+        self.layer0 = StripedConv(first[0], 8, planes=True) if striped else first
         for name in ("layer1", "layer2", "layer3"):
             setattr(self, name, nn.Sequential(*(block.fused() for block in getattr(self, name))))
-
-
-class Stem(nn.Module):
-    """A 3x3 convolution of stride 2 and ReLU on gray images, whose width is a multiple of 8: 8 columns are 8 channels.
-
-    The same sums, plus zeros: GPUs have fast fp16 kernels from 8 channels on. In channels-last layout neither the input
-    nor the output, 4 columns of C channels as 4 C channels, is moved.
-    """
-
-    COLUMNS = 8
-
-    def __init__(self, conv: nn.Module) -> None:
-        super().__init__()
-        assert isinstance(conv, nn.Conv2d)
-        channels, stripe = conv.out_channels, self.COLUMNS
-        assert conv.weight.shape == (channels, 1, 3, 3) and conv.bias is not None
-        weight = torch.zeros(stripe // 2, channels, stripe, 3, 3)
-        for column in range(stripe // 2):
-            for tap in range(3):
-                neighbour, place = divmod(2 * column + tap - 1, stripe)  # the stripe on the left, or this one
-                weight[column, :, place, :, 1 + neighbour] = conv.weight[:, 0, :, tap]
-        self.conv = nn.Conv2d(stripe, weight.shape[0] * channels, 3, (2, 1), 1)
-        self.conv.weight = nn.Parameter(weight.flatten(0, 1), requires_grad=False)
-        self.conv.bias = nn.Parameter(conv.bias.repeat(stripe // 2), requires_grad=False)
-
-    def forward(self, image: Tensor, below: int, right: int) -> Tensor:
-        """[B, 1, H, W], padded with zeros to [B, 1, H', W'] -> [B, C, H' / 2, W' / 2]."""
-        batch, _, height, width = image.shape
-        stripes = image.reshape(batch, height, width // self.COLUMNS, self.COLUMNS).permute(0, 3, 1, 2)
-        x = F.relu(self.conv(F.pad(stripes, (0, right // self.COLUMNS, 0, below)))).permute(0, 2, 3, 1)
-        return x.reshape(batch, x.shape[1], (width + right) // 2, -1).permute(0, 3, 1, 2)
 
 
 def fold_batch_norm(weight: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

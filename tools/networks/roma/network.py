@@ -80,7 +80,8 @@ class Roma(nn.Module):
             refiner.bake(None if stride == "16" or refiner.radius is None else self.decoder.proj[stride][0])
             if dtype == torch.float16:
                 refiner.half()
-        self.encoder["cnn"].widen()
+        if dtype == torch.float16:
+            self.encoder["cnn"].stripe(width)
         self.encoder.to(dtype)
         self.decoder.proj.to(dtype)
         self.decoder.embedding_decoder.blocks.to(dtype)

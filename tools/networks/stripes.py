@@ -1,0 +1,65 @@
+"""Convolutions of few channels in the form for which GPUs have fast fp16 kernels: columns become channels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class StripedConv(nn.Conv2d):
+    """A 1x1 or 3x3 convolution that keeps the size, or divides it by a stride, over stripes of neighbouring columns.
+
+    The same sums, plus zeros: C channels of some columns are so many times C channels of one, which matrix units take
+    64 at a time. In channels-last memory a map is its own map of stripes, so that nothing is moved but images that
+    come as planes.
+    """
+
+    def __init__(self, conv: nn.Module, columns: int, *, planes: bool = False) -> None:
+        """conv: with padding 1 if 3x3. columns: of a stripe; a multiple of the stride that divides the width.
+        planes: the input comes in channels-first memory."""
+        assert isinstance(conv, nn.Conv2d) and conv.groups == 1 and columns % conv.stride[0] == 0
+        kernel, stride = conv.kernel_size[0], conv.stride[0]
+        across, surplus = columns // stride, -columns * conv.in_channels % 8
+        inputs, outputs = columns * conv.in_channels + surplus, across * conv.out_channels
+        beside = kernel // 2  # a stripe on either side, for 3x3
+        super().__init__(inputs, outputs, kernel, (stride, 1), beside, bias=conv.bias is not None)
+        self.columns, self.planes, self.across, self.surplus = columns, planes, across, surplus
+        weights = []
+        for column in range(0, columns, stride):
+            left = beside * columns + column - beside
+            wide = F.pad(conv.weight.detach(), (left, (2 * beside + 1) * columns - kernel - left))
+            wide = wide.unflatten(3, (2 * beside + 1, columns))  # [outputs, inputs, rows, stripes, columns]
+            wide = wide.permute(0, 1, 4, 2, 3) if planes else wide.permute(0, 4, 1, 2, 3)
+            weights.append(F.pad(wide.flatten(1, 2), (0, 0, 0, 0, 0, surplus)))
+        self.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
+        if conv.bias is not None:
+            self.bias = nn.Parameter(conv.bias.detach().repeat(across), requires_grad=False)
+
+    def forward(self, x: Tensor, below: int = 0, right: int = 0) -> Tensor:
+        """[B, I, H, W], below and on the right padded with zeros to [B, I, H', W'] -> [B, O, H' / s, W' / s]."""
+        batch, channels, height, width = x.shape
+        count = width // self.columns
+        if self.planes and channels > 1:
+            x = x.reshape(batch, channels, height, count, self.columns).permute(0, 2, 3, 1, 4).flatten(3)
+        elif self.planes:
+            x = x.reshape(batch, height, count, self.columns)
+        else:
+            x = x.permute(0, 2, 3, 1).reshape(batch, height, count, -1)
+        if self.surplus:
+            x = F.pad(x, (0, self.surplus))
+        x = x.permute(0, 3, 1, 2)
+        if below or right:
+            x = F.pad(x, (0, right // self.columns, 0, below))
+        x = super().forward(x).permute(0, 2, 3, 1)
+        return x.reshape(batch, x.shape[1], x.shape[2] * self.across, -1).permute(0, 3, 1, 2)
+
+
+def striped(conv: nn.Module, width: int, *, planes: bool = False) -> nn.Conv2d:
+    """`conv` over stripes of 64 channels, images over stripes of up to 8 columns, that divide `width`."""
+    assert isinstance(conv, nn.Conv2d)
+    most = 8 if planes else max(64 // conv.in_channels, 1)
+    columns = math.gcd(most, width)
+    return conv if columns == 1 else StripedConv(conv, columns, planes=planes)
