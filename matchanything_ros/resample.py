@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
-# Target rows (or columns) at a time: the zeros beside their band are left out, and no product is large enough for BLAS to
-# share it among threads, which wait for each other a hundred times longer than they work where processors are busy.
+# Target rows (or columns) at a time: the zeros beside their band are left out, and no product is large enough for BLAS
+# to share it among threads, which wait for each other far longer than they work where processors are busy.
 BLOCK = 16
 
 
