@@ -23,8 +23,8 @@ ABSENT = -1e20  # fills up what is too short; above TAKEN, so that it is preferr
 TAKEN = -1e30
 
 
-def topk(values: Tensor, k: int, *, limit: int = PASS_LIMIT) -> tuple[Tensor, Tensor]:
-    """The `k` largest along the last axis, best first, taking at most `limit` in one TopK.
+def topk(values: Tensor, k: int, *, limit: int = PASS_LIMIT, ordered: bool = True) -> tuple[Tensor, Tensor]:
+    """The `k` largest along the last axis, best first if `ordered`, taking at most `limit` in one TopK.
 
     Args:
         values: [..., N] with N >= k and every value at least `ABSENT`.
@@ -34,25 +34,28 @@ def topk(values: Tensor, k: int, *, limit: int = PASS_LIMIT) -> tuple[Tensor, Te
     Returns:
         values [..., k], indices [..., k] (int64), no index twice.
     """
+    # ONNX Runtime takes as long to sort 3840 values as to find them among 10,000: it need not where nobody wants that.
     if k <= limit:
         count = values.shape[-1]
         rows = _rows(count, k) if isinstance(count, int) else 1
         if rows > 1:
             return _topk_rows(values, k, rows)
-        best = torch.topk(values, k, dim=-1)
+        best = torch.topk(values, k, dim=-1, sorted=ordered)
         return best.values, best.indices
     passes = math.ceil(k / limit)
     found = []
     for number in range(passes):
         size = min(limit, k - number * limit)
-        best = torch.topk(values, size, dim=-1)
+        best = torch.topk(values, size, dim=-1, sorted=ordered)
         found.append((best.values, best.indices))
         if number + 1 < passes:
             values = values.scatter(-1, best.indices, torch.full_like(best.values, TAKEN))
     return torch.cat([v for v, _ in found], dim=-1), torch.cat([i for _, i in found], dim=-1)
 
 
-def topk_blocks(values: Tensor, k: int, *, block: int, limit: int = PASS_LIMIT) -> tuple[Tensor, Tensor]:
+def topk_blocks(
+    values: Tensor, k: int, *, block: int, limit: int = PASS_LIMIT, ordered: bool = True
+) -> tuple[Tensor, Tensor]:
     """`topk` over few blocks instead of all values: the same result where no two values are equal.
 
     Worth it where N is much larger than k * block. N need not be a multiple of `block`, nor as large as k.
@@ -72,9 +75,9 @@ def topk_blocks(values: Tensor, k: int, *, block: int, limit: int = PASS_LIMIT) 
     blocks = padded.shape[1] // block
     table = padded[:, : blocks * block].reshape(batch, blocks, block)
     highest = F.max_pool2d(padded[:, None, None], (1, block), stride=(1, block))  # not ReduceMax: see maxima.py
-    _, chosen = topk(highest[:, 0, 0], k, limit=limit)
+    _, chosen = topk(highest[:, 0, 0], k, limit=limit, ordered=False)
     candidates = table.gather(1, chosen.unsqueeze(2).expand(-1, -1, block)).reshape(batch, k * block)
-    best, slot = topk(candidates, k, limit=limit)
+    best, slot = topk(candidates, k, limit=limit, ordered=ordered)
     within, place = quotient(slot, block)
     index = chosen.gather(1, within) * block + place
     return best, torch.where(best > ABSENT, index, torch.zeros_like(index))

@@ -49,10 +49,10 @@ def _dots(features: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
     left, right = features.flatten(1, 2).unbind(0)
     if stride > count:
         right = torch.cat((right, right.new_zeros(stride - count, right.shape[1])))
-    column = cells[:, 0].to(torch.int64)[:, :, None, :]
+    column = cells[:, 0].to(torch.int32)[:, :, None, :]
     row0, row1 = cells[0, 1], cells[1, 1]
-    target0 = (row0.to(torch.int64) * width)[..., None] + column[0]  # cell of image 1 for each of image 0
-    target1 = column[1] * stride + torch.arange(count)[:, None, None]
+    target0 = (row0.to(torch.int32) * width)[..., None] + column[0]  # cell of image 1 for each of image 0
+    target1 = column[1] * stride + torch.arange(count, dtype=torch.int32)[:, None, None]
     edges = _bands(height, width * stride * features.element_size())
     forward, backward = [], []
     after: torch.Tensor | None = None
@@ -61,22 +61,32 @@ def _dots(features: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
         if after is not None:
             rows = rows + after  # an exact zero, known only when the band before is done: TensorRT would keep them all
         products = (rows @ right.T).flatten()
-        own0 = torch.arange(0, (end - start) * width * stride, stride)[:, None, None]
+        own0 = torch.arange(0, (end - start) * width * stride, stride, dtype=torch.int32)[:, None, None]
         index0 = own0 + target0[start * width : end * width]
         # Direction 1: what of its windows lies in this band. The row of the matrix is the cell of image 0.
         local = row1 - start
         row = local.clamp(0, end - start - 1)
-        index1 = (row.to(torch.int64) * (width * stride))[..., None] + target1
+        index1 = (row.to(torch.int32) * (width * stride))[..., None] + target1
         # One gather for both: with two, a runtime may make all bands for the first before it frees any for the second.
-        numbers = products.index_select(0, torch.cat((index0, index1)).flatten())
+        numbers = _pick(products, torch.cat((index0, index1)).flatten())
+        # Of one tensor, and overlapping: ONNX Runtime would make the two parts one Split, four times slower on a GPU.
         after = numbers[:1].clamp(0.0, 0.0)
-        picked0, picked1 = numbers.view(-1, *index1.shape[1:]).split((index0.shape[0], count))
+        picked0, picked1 = numbers[: index0.numel()].view(index0.shape), numbers[index0.numel() :].view(index1.shape)
         forward.append(picked0)
         backward.append(picked1 if len(edges) == 2 else picked1 * (row == local).to(numbers.dtype)[..., None])
     total = backward[0]
     for more in backward[1:]:
         total = total + more
     return torch.stack((torch.cat(forward), total))
+
+
+def _pick(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """values[index] of [N] and int32 [M], which index_select exports as int64: twice the memory to write and read."""
+    if torch.onnx.is_in_onnx_export():
+        result = torch.onnx.ops.symbolic("Gather", (values, index), {"axis": 0}, dtype=values.dtype, shape=index.shape)
+        assert isinstance(result, torch.Tensor)
+        return result
+    return values.index_select(0, index)
 
 
 def _bands(rows: int, row_bytes: int) -> list[int]:

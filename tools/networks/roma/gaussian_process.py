@@ -16,9 +16,9 @@ WIDTH = 512
 
 
 class GaussianProcess(nn.Module):
-    """Features x [B, N, 512] of one image and y [B, N, 512] of the other -> posterior mean [B, N, 512] at x.
+    """Features [2, N, 512] of both images -> posterior mean [2, N, 512] at each, observed at those of the other.
 
-    The regression targets are Fourier features of the positions of y: constants of the map's size. Always in float32:
+    The regression targets are Fourier features of the other's positions: constants of the map's size. In float32 only:
     the kernel matrix is ill-conditioned (up to 16000 on an image without structure).
     """
 
@@ -35,10 +35,12 @@ class GaussianProcess(nn.Module):
         features = torch.cos(8 * math.pi * self.pos_conv(pixel_grid(height, width)))
         return features.flatten(2).transpose(1, 2)
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, height: int, width: int) -> torch.Tensor:
         targets = self.fixed if hasattr(self, "fixed") else self.targets(height, width)
-        covariance = kernel(y, y) + NOISE * torch.eye(y.shape[1])
-        return kernel(x, y) @ solve_spd(covariance, targets, NOISE, 1.0 + NOISE)
+        covariance = kernel(features, features) + NOISE * torch.eye(features.shape[1])
+        weights = solve_spd(covariance, targets, NOISE, 1.0 + NOISE)
+        across = kernel(features[:1], features[1:])[0]
+        return torch.stack((across @ weights[1], across.T @ weights[0]))
 
 
 def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

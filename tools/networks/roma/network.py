@@ -129,7 +129,7 @@ class Roma(nn.Module):
 
     def match_globally(self, tokens: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Projected ViT tokens [2, N, 512] -> coarse flow [2, 2, h, w] and certainty logit [2, 1, h, w]."""
-        posterior = self.decoder.gps["16"](tokens.float(), _swap(tokens.float()), height, width)
+        posterior = self.decoder.gps["16"](tokens.float(), height, width)
         logits, certainty = self.decoder.embedding_decoder(posterior.to(tokens.dtype), tokens)
         flow = decode_anchors(logits)
         size = (height, width)
@@ -184,11 +184,6 @@ def symmetric_warp(flow: torch.Tensor, certainty: torch.Tensor) -> tuple[torch.T
     flow = flow.clamp(-1.0, 1.0)
     left, right = torch.cat((own, flow[:1]), 1), torch.cat((flow[1:], own), 1)
     return torch.cat((left, right), 3), torch.cat((certainty[:1], certainty[1:]), 3)
-
-
-def _swap(pair: torch.Tensor) -> torch.Tensor:
-    """The other image's element for each of a batch of two."""
-    return torch.cat((pair[1:], pair[:1]))
 
 
 def _resize(x: torch.Tensor, size: torch.Size | tuple[int, ...]) -> torch.Tensor:

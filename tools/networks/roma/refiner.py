@@ -13,7 +13,6 @@ FEATURES = {16: 512, 8: 512, 4: 256, 2: 64, 1: 9}  # channels of the projected f
 EMBEDDING = {16: 128, 8: 64, 4: 32, 2: 16, 1: 6}  # channels of the embedded displacement
 RADIUS = {16: 7, 8: 3, 4: 2}  # of the local correlation, where there is one
 HIDDEN_BLOCKS = 8
-STACKED = (1,)  # of these strides, both directions lie side by side as channels of one map: see ConvRefiner.bake
 
 
 class ConvRefiner(nn.Module):
@@ -26,7 +25,6 @@ class ConvRefiner(nn.Module):
         super().__init__()
         self.radius = RADIUS.get(stride)
         self.gain = FEATURES[stride] ** -0.25
-        self.stacked = stride in STACKED
         self.inputs = 2 * FEATURES[stride] + EMBEDDING[stride]
         width = self.inputs + (0 if self.radius is None else (2 * self.radius + 1) ** 2)
         self.disp_emb = nn.Conv2d(2, EMBEDDING[stride], 1)
@@ -37,31 +35,39 @@ class ConvRefiner(nn.Module):
     def forward(self, features: torch.Tensor, flow: torch.Tensor, zoom: float) -> torch.Tensor:
         """zoom: size of this pass over the size of the first."""
         displacement = ((40 / 32 * zoom) * (flow - pixel_grid(*flow.shape[2:]))).to(features.dtype)
-        embedding = F.linear(
-            displacement.flatten(2).transpose(1, 2), self.disp_emb.weight[:, :, 0, 0], self.disp_emb.bias
-        )
-        parts = [features, _sample(features, flow), embedding.unflatten(1, flow.shape[2:])]
+        own = features.split(1)
+        parts = [
+            [x, _sample(y, to), self._embed(at)]
+            for x, y, to, at in zip(own, own[::-1], flow.split(1), displacement.split(1), strict=True)
+        ]
         if self.radius is not None:
             scaled = features if self.gain == 1 else features * self.gain
-            parts.append(local_correlation(scaled, flow, self.radius))
+            for part, correlation in zip(parts, local_correlation(scaled, flow, self.radius).split(1), strict=True):
+                part.append(correlation)
         if isinstance(self.out_conv, _Head):
-            if self.stacked:
-                parts = [part[i : i + 1] for i in (0, 1) for part in parts]
-            x = torch.cat(parts, 3).permute(0, 3, 1, 2)
+            x = torch.cat([*parts[0], *parts[1]], 3).permute(0, 3, 1, 2)
             return self.out_conv(self.hidden_blocks(x)).reshape(2, 3, *x.shape[2:])
-        x = torch.cat(parts, 3).permute(0, 3, 1, 2)
+        x = torch.cat([torch.cat(part, 3) for part in parts]).permute(0, 3, 1, 2)
         return self.out_conv(self.hidden_blocks(self.block1(x)).float())
+
+    def _embed(self, displacement: torch.Tensor) -> torch.Tensor:
+        """Displacement [1, 2, H, W] -> [1, H, W, E]."""
+        weight, bias = self.disp_emb.weight[:, :, 0, 0], self.disp_emb.bias
+        columns = displacement.flatten(2)
+        if bias is None:  # its place is that of a third column
+            columns = torch.cat((columns, torch.ones_like(columns[:, :1])), 1)
+        return F.linear(columns.transpose(1, 2), weight, bias).unflatten(1, displacement.shape[2:])
 
     @torch.no_grad()
     def bake(self, projection: nn.Conv2d | None = None) -> ConvRefiner:
         """Reshape it for export, when its batch norms are folded; no result changes.
 
-        Channels that are always zero widen it to the next multiple of 64 (of 8 where narrow): the published widths
-        (1377, 1137, 569) keep matrix units idle. They stand after the displacement's, whose product can make zeros.
-        One of them becomes the constant 1, whose weights are the biases of the 1x1 convolutions: then these are plain
-        products. The last of them and the head are one product, since nothing stands between them.
-        A depthwise convolution is fast from 64 channels on: of few, the two directions become one map of twice the
-        channels, with the weights of each in blocks.
+        Both directions become one map, side by side as channels: depthwise convolutions are fast where their number of
+        channels is a large multiple of 64. Channels that are always zero widen each to the next multiple of 64 (of 8
+        where narrow): the published widths (1377, 1137, 569) keep matrix units idle. They stand after the
+        displacement's, whose product can make zeros. One of them becomes the constant 1, whose weights are the biases
+        of the 1x1 convolutions: then these are plain products. The last of them and the head are one product, since
+        nothing stands between them.
         projection: what makes the features; it takes the `gain` if given, and the first weights here undo that.
         """
         width = self.out_conv.get_parameter("weight").shape[1]
@@ -90,18 +96,19 @@ class ConvRefiner(nn.Module):
             own = own + mix @ bias
             bound[self.inputs] = 1.0
             mix[:, self.inputs] = own
-            if self.stacked:
-                weight, bound = weight.repeat(2, 1, 1, 1), bound.repeat(2)
-                mix = torch.block_diag(mix, mix)
-            baked.append(_Depthwise(weight, bound))
-            baked.append((_Head if block is blocks[-1] else _Mix)(mix))
+            baked.append(_Depthwise(weight.repeat(2, 1, 1, 1), bound.repeat(2)))
+            if block is blocks[-1]:
+                baked.append(_Head(torch.block_diag(mix, mix)))
+            else:  # a product 64 wide is at the speed of memory, one 32 wide is not
+                baked.append(_Mix(torch.block_diag(mix, mix) if len(mix) <= 32 else mix))
         self.out_conv = baked.pop()
         self.hidden_blocks = nn.Sequential(*baked)
         del self.block1
         embedding = self.disp_emb
         assert embedding.bias is not None
-        embedding.weight = _constant(torch.cat((embedding.weight, embedding.weight.new_zeros(extra, 2, 1, 1))))
-        embedding.bias = _constant(F.pad(embedding.bias, (0, extra)))
+        weight = torch.cat((embedding.weight, embedding.bias[:, None, None, None]), 1)
+        embedding.weight = _constant(torch.cat((weight, weight.new_zeros(extra, 3, 1, 1))))
+        embedding.bias = None
         return self
 
     def half(self) -> ConvRefiner:
@@ -130,18 +137,19 @@ class _Depthwise(nn.Module):
 
 
 class _Mix(nn.Module):
-    """1x1 convolution as a product of matrices."""
+    """The same 1x1 convolution of both directions, or one of both together, as a product of matrices."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
         self.weight = _constant(weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x.permute(0, 2, 3, 1), self.weight).permute(0, 3, 1, 2)
+        pixels = x.permute(0, 2, 3, 1).unflatten(3, (-1, self.weight.shape[1]))
+        return F.linear(pixels, self.weight).flatten(3).permute(0, 3, 1, 2)
 
 
 class _Head(_Mix):
-    """The same to three channels, in float32."""
+    """The last one, of both directions to three channels each, in float32: [1, 6, H, W]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2).float()
@@ -149,10 +157,8 @@ class _Head(_Mix):
 
 
 def _sample(features: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
-    """Features [2, H, W, C] of the other image, where the flow points."""
-    other = features.index_select(0, torch.tensor([1, 0])).float().permute(0, 3, 1, 2)
-    grid = torch.stack((flow[:, 0], flow[:, 1]), 3)
-    sampled = F.grid_sample(other, grid, align_corners=False)
+    """Features [1, H, W, C] of the other image, where the flow [1, 2, H, W] points."""
+    sampled = F.grid_sample(features.float().permute(0, 3, 1, 2), flow.permute(0, 2, 3, 1), align_corners=False)
     return sampled.permute(0, 2, 3, 1).to(features.dtype)
 
 

@@ -51,7 +51,10 @@ def select(
     turns = torch.arange(ratio * ratio, 0, -1, dtype=torch.float32)
     priority = torch.where(best > CERTAIN, best + turns, best).flatten()
     block = math.isqrt(len(priority) // count)  # neighbours are ranks of one cell
-    chosen = topk_blocks(priority[None], count, block=block)[1][0] if block > 1 else topk(priority, count)[1]
+    if block > 1:
+        chosen = topk_blocks(priority[None], count, block=block, ordered=False)[1][0]
+    else:
+        chosen = topk(priority, count, ordered=False)[1]
     scores, by_score = topk(best.flatten().index_select(0, chosen), count)
     chosen = chosen.index_select(0, by_score)
 
@@ -64,8 +67,9 @@ def select(
     x = (place % columns) * coarse + (part % ratio) * fine + inner % fine
     y, x = y.clamp(max=height - 1), x.clamp(max=width - 1)  # the padding has no certainty
 
-    flat = flow.clamp(-1.0, 1.0).permute(0, 2, 3, 1).reshape(-1, 2)
-    target = flat.index_select(0, (direction * height + y) * width + x)
+    # Read from the planes of x and y: to turn the whole flow around takes longer than all of this.
+    planes, place = flow.flatten(), (2 * direction * height + y) * width + x
+    target = torch.stack([planes.index_select(0, place + i * height * width) for i in (0, 1)], 1).clamp(-1.0, 1.0)
     own = torch.stack(((2.0 * x + 1.0) / width - 1.0, (2.0 * y + 1.0) / height - 1.0), 1)
     size = torch.tensor([image[1], image[0]], dtype=torch.float32)
     own, target = (0.5 * size * (coordinates + 1.0) - 0.5 for coordinates in (own, target))
