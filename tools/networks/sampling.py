@@ -20,7 +20,7 @@ def pixel_grid(height: int, width: int, device: torch.device | None = None) -> T
 
 def size_xy(image: Tensor) -> Tensor:
     """(width, height) of [..., H, W] as a float32 tensor [2] that follows dynamic sizes."""
-    return torch.stack((_scalar(image.shape[-1], image.device), _scalar(image.shape[-2], image.device)))
+    return torch.stack((scalar(image.shape[-1], image.device), scalar(image.shape[-2], image.device)))
 
 
 def sample(features: Tensor, positions: Tensor, offsets: Tensor | None = None) -> Tensor:
@@ -105,5 +105,6 @@ class DeformableConv3x3(nn.Module):
         return result
 
 
-def _scalar(size: int, device: torch.device) -> Tensor:
+def scalar(size: int, device: torch.device) -> Tensor:
+    """A size as a float32 tensor [] that follows dynamic sizes."""
     return torch.full((), size, dtype=torch.float32, device=device)

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from matchanything_tools.networks.dedode.decoder import Decoder, upsample
+from matchanything_tools.networks.dedode.decoder import Decoder
+from matchanything_tools.networks.dedode.reading import read_beside, read_upsampled
 from matchanything_tools.networks.dinov2 import PATCH, DinoV2
 from matchanything_tools.networks.maxima import largest
-from matchanything_tools.networks.sampling import pixel_grid, read, sample, size_xy
+from matchanything_tools.networks.sampling import read
 from matchanything_tools.networks.topk import quotient, topk_blocks
 from matchanything_tools.networks.vgg import VGG19
 
@@ -59,38 +60,19 @@ class DescriptorB(nn.Module):
         """Normalised image [B, 3, H, W], keypoints [B, K, 2] at whole pixels -> descriptors [B, K, 256], not of unit
         length.
 
-        The original computes all 256 channels at full resolution and reads K pixels of them. Its last steps are linear,
-        so reading first gives the same: hidden channels at K places, then the output layer.
+        The original computes all 256 channels of every scale, upsamples and sums them, and reads K pixels of the sum.
+        All of that is linear, so reading first gives the same: hidden channels at K places, then one output layer.
         """
-        *coarse, half, full = self.decoder(self.features(image)).items()
-        total: Tensor | None = None
-        for stride, hidden in coarse:
-            prediction = self.decoder.predict(stride, hidden)
-            products = prediction.dtype == torch.float16
-            total = prediction if total is None else prediction + upsample(total, prediction, products=products)
-        assert total is not None
-        on_half = coarser(keypoints, full[1][0], half[1][0])
-        corners, weights = corners_of(on_half, half[1][0])  # [B, K, 4, 2], [B, K, 1, 4]
-        sampled = sample(total, coarser(corners, half[1][0], total)).permute(0, 2, 3, 1).float()
-        halves = [(weights @ rows.float()).squeeze(2).to(rows.dtype) for rows in read(half[1], corners)]
-        return (
-            (weights @ sampled).squeeze(2)
-            + self._output(half[0], halves)
-            + self._output(full[0], self._read_finest(full[1], keypoints))
-        )
-
-    def _read_finest(self, parts: list[Tensor], keypoints: Tensor) -> list[Tensor]:
-        rows = read(parts, keypoints)
-        if parts[0].shape[0] == keypoints.shape[0]:
-            return rows
-        halves = [part.unflatten(2, (2, -1)) for part in rows]  # images as channels: each has its own half
-        return [torch.stack((half[0, :, 0], half[1, :, 1])) for half in halves]
-
-    def _output(self, stride: int, parts: list[Tensor]) -> Tensor:
-        """The output layer of a scale on parts of the hidden channels, each [B, K, hidden], at K places."""
-        layers = [layer for layer in self.decoder.refiner(stride).output if isinstance(layer, nn.Conv2d)]
-        weight = torch.cat([layer.weight[:, :, 0, 0] for layer in layers], dim=1)
-        return F.linear(torch.cat(parts, dim=2), weight, layers[0].bias).float()
+        hidden = self.decoder(self.features(image))
+        finest, *coarser = sorted(hidden)
+        height, width = image.shape[2:]
+        beside = hidden[finest][0].shape[0] < image.shape[0]
+        parts = (read_beside if beside else read)(hidden[finest], keypoints)
+        parts += read_upsampled({stride: hidden[stride][0] for stride in coarser}, keypoints, (height, width))
+        layers = [layer for stride in (finest, *coarser) for layer in self.decoder.refiner(stride).output]
+        weight = torch.cat([layer.get_parameter("weight")[:, :, 0, 0] for layer in layers], dim=1)
+        bias = torch.stack([layer.bias for layer in layers if isinstance(layer.bias, Tensor)]).sum(dim=0)
+        return F.linear(torch.cat(parts, dim=2), weight, bias).float()
 
 
 class DescriptorG(DescriptorB):
@@ -140,19 +122,3 @@ def density_matrix(size: int, like: Tensor) -> Tensor:
     place = torch.arange(size, device=like.device, dtype=torch.float32)
     distance = (place[:, None] - place).abs()
     return torch.exp(-((distance * 0.08) ** 2)) * (distance <= 25).float()
-
-
-def coarser(positions: Tensor, fine: Tensor, coarse: Tensor) -> Tensor:
-    """Pixels (x, y) of one map -> where bilinear upsampling reads them in a coarser one: edges aligned, held inside."""
-    scaled = (positions + 0.5) * (size_xy(coarse) / size_xy(fine)) - 0.5
-    return torch.minimum(scaled.clamp(min=0), size_xy(coarse) - 1)
-
-
-def corners_of(positions: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    """The four pixels around each position [B, K, 2] of a map, [B, K, 4, 2], and their weights [B, K, 1, 4]."""
-    first = positions.floor()
-    part = (positions - first).unsqueeze(2)
-    steps = pixel_grid(2, 2, positions.device).reshape(4, 2)
-    corners = torch.minimum(first.unsqueeze(2) + steps, size_xy(image) - 1)  # beyond the last pixel the weight is 0
-    across, down = ((1 - steps) * (1 - part) + steps * part).split(1, dim=3)  # [B, K, 4, 1]
-    return corners, (across * down).transpose(2, 3)
