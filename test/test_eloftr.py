@@ -19,8 +19,9 @@ from matchanything_ros.bundle import InputSpec
 from matchanything_ros.errors import UserError
 from matchanything_ros.preprocess import prepare
 from matchanything_tools.checkpoints import load_strict
-from matchanything_tools.networks.eloftr import coarse, fine, network, preprocessing, transformer
+from matchanything_tools.networks.eloftr import coarse, fine, grid, network, preprocessing, transformer
 from matchanything_tools.networks.eloftr.backbone import RepVGG, RepVGGBlock
+from matchanything_tools.networks.eloftr.fixed import Fixed
 from matchanything_tools.networks.eloftr.layouts import published_keys
 from matchanything_tools.networks.eloftr.network import EfficientLoFTR, Published
 from matchanything_tools.networks.eloftr.upsampling import Double, double
@@ -72,9 +73,10 @@ def test_golden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
     confidences = coarse.confidences
 
-    def recorded(*features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        seen.extend([*features, *confidences(*features)])
-        return seen[-2], seen[-1]
+    def recorded(*given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        every = torch.arange(len(given[0]))
+        seen.extend([*given[:2], *confidences(*given[:2], every, every)])
+        return confidences(*given)
 
     monkeypatch.setattr(coarse, "confidences", recorded)
     with torch.inference_mode():
@@ -82,7 +84,7 @@ def test_golden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     golden = np.load(GOLDEN / f"{name}.npz")
     rows, columns = height // 32, width // 32
     cell = torch.arange(height * width // 64).reshape(1, 1, height // 8, width // 8)
-    order = coarse.block_by_block(transformer.to_blocks(cell, rows, columns)).flatten().argsort()  # to lines
+    order = grid.to_blocks(cell, rows, columns).flatten().argsort()  # to lines
     maps = torch.stack([x[order].T.reshape(256, height // 8, width // 8) for x in seen[:2]])
     ours, theirs = maps.numpy()[:, ::32, ::4, ::4], golden["coarse_c32"]
     assert not theirs[:, :, ours.shape[2] :].any()  # padding
@@ -171,36 +173,38 @@ def test_padding_that_is_left_out_changes_nothing(monkeypatch: pytest.MonkeyPatc
 def test_best_pairs_are_those_of_the_whole_matrix() -> None:
     """Whatever is above 1 / (PARTNERS + 1) is found, best first, where factors sum to at most 1 as softmaxes do."""
     generator = torch.Generator().manual_seed(3)
-    over1 = torch.softmax(9 * torch.rand(63, 48, generator=generator), 1)
-    row = 4 * 7 + 3
+    cells0, cells1 = (coarse.make_cells(rows, 8, 32, 0, torch.device("cpu")) for rows in (12, 8))
+    over1 = torch.softmax(9 * torch.rand(96, 64, generator=generator), 1)
+    row = int(cells0.matched[5])
     over1[row] = 0
-    over1[row, torch.arange(48).reshape(6, 8)[2:4, 2:6].flatten()] = torch.linspace(0.11, 0.14, 8)  # many partners
-    over0 = 1 - 0.1 * torch.rand(48, 63, generator=generator)
-    mask0, mask1 = torch.zeros(9, 7), torch.zeros(6, 8)
-    mask0[2:-2, 2:-2], mask1[2:-2, 2:-2] = 1, 1
+    over1[row, cells1.matched[4:12]] = torch.linspace(0.11, 0.14, 8)  # many partners
+    over0 = 1 - 0.1 * torch.rand(64, 96, generator=generator)
     conf = over1 * over0.T
-    inside = conf * mask0.reshape(-1, 1) * mask1.reshape(1, -1)
+    inside = conf * cells0.inside[:, None] * cells1.inside
     expected = inside.flatten().sort(descending=True)[0]
     expected = expected[expected > 1 / (coarse.PARTNERS + 1)]
     assert len(expected) > 10 and (conf > expected[-1]).sum() > len(expected)  # some lie in the border
     for count in (1, 13, 120, 700):
-        scores, cells0, cells1 = coarse.best_pairs(over1, over0, mask0.flatten(), mask1.flatten(), count)
-        assert scores.shape == cells0.shape == cells1.shape == (count,)
+        given = over1[cells0.matched], over0[cells1.matched]
+        scores, found0, found1 = coarse.best_pairs(*given, cells0, cells1, count)
+        assert scores.shape == found0.shape == found1.shape == (count,)
         real = min(count, len(expected))
         assert torch.equal(scores[:real], expected[:real])
         found = scores > 0
-        assert torch.equal(inside[cells0[found], cells1[found]], scores[found])
-        assert len({*zip(cells0[found].tolist(), cells1[found].tolist(), strict=True)}) == int(found.sum())
+        assert torch.equal(inside[found0[found], found1[found]], scores[found])
+        assert len({*zip(found0[found].tolist(), found1[found].tolist(), strict=True)}) == int(found.sum())
 
 
 def test_cells_are_numbered_by_blocks() -> None:
     cells = coarse.make_cells(8, 12, stride=50, first=1000, device=torch.device("cpu"))
     corner = torch.stack(torch.meshgrid(torch.arange(12.0), torch.arange(8.0), indexing="xy"), 0) * 8
-    expected = coarse.block_by_block(transformer.to_blocks(corner[None], 2, 3))
-    assert torch.equal(cells.corner, expected)
-    column, row = (expected / 8).T
-    assert torch.equal(cells.inside > 0, (row >= 2) & (row < 6) & (column >= 2) & (column < 10))
-    inside = cells.inside > 0
+    assert torch.equal(cells.corner, grid.to_blocks(corner[None], 2, 3).reshape(-1, 2))
+    column, row = (cells.corner / 8).T
+    inside = (row >= 2) & (row < 6) & (column >= 2) & (column < 10)
+    assert torch.equal(cells.inside > 0, inside)
+    assert torch.equal(cells.matched.sort()[0], inside.nonzero().flatten())
+    assert torch.equal(cells.rank[cells.matched], torch.arange(4 * 8))
+    assert cells.rank.min() >= 0 and cells.rank.max() < 4 * 8
     assert torch.equal(cells.window[inside], (1000 + 4 * 50 * row + 4 * column).long()[inside])
     assert cells.window.min() - 50 - 1 >= 1000 and cells.window.max() + 4 * 50 + 4 < 1000 + 32 * 50
 
@@ -221,27 +225,37 @@ def test_windows_equal_those_cut_at_full_resolution() -> None:
     assert torch.equal(refinement.up1_inner_first[:64], refinement.up0)
 
 
+def test_blocks() -> None:
+    """Blocks of 4x4 cells there and back, and their sums and maxima, on a map that is wider than high."""
+    image = torch.rand(2, 256, 8, 12, generator=torch.Generator().manual_seed(5))
+    blocks = grid.to_blocks(image, 2, 3)
+    assert torch.equal(grid.from_blocks(blocks, 2, 3), image)
+    assert torch.equal(transformer._block_maximum(blocks), F.max_pool2d(image, 4).flatten(2).transpose(1, 2))
+    assert torch.equal(blocks[0, 5, 7], image[0, :, 4 + 1, 8 + 3])
+
+
 def test_upsampling_by_matrix_equals_interpolation() -> None:
     rows, columns = 3, 5
-    generator = torch.Generator().manual_seed(5)
-    message, cells = torch.rand(15, 2, 16, generator=generator), torch.rand(16, 15, 2, 16, generator=generator)
-    interpolated = transformer.make_grid(rows, columns, 1.0, torch.empty(0))
-    by_matrix, *_ = network._Fixed((32 * rows, 32 * columns), (0, 0), 1.0, torch.float32)()
+    message = torch.rand(2, 15, 16, generator=torch.Generator().manual_seed(5))
+    interpolated = grid.make_grid(rows, columns, 1.0, torch.empty(0))
+    size = (32 * rows, 32 * columns)
+    by_matrix, *_ = Fixed(size, (False, False), (0, 0), 1.0, torch.float32)()
     assert by_matrix.upsampling is not None and interpolated.upsampling is None
-    results = [transformer._add_upsampled(cells, message, grid) for grid in (by_matrix, interpolated)]
+    results = [transformer._upsampled(message, places) for places in (by_matrix, interpolated)]
     assert torch.allclose(*results, atol=1e-6)
 
 
 def test_doubling_by_matrices_equals_interpolation() -> None:
     image = torch.rand(2, 7, 5, 6, generator=torch.Generator().manual_seed(6))
-    padded = F.pad(image, (0, 1, 0, 2))
-    doubled = Double(5, 6, below=2, right=1)(image.permute(0, 3, 2, 1))
-    assert torch.allclose(doubled, double(padded), atol=1e-6)
+    padded = F.pad(image, (0, 9, 0, 9))
+    doubled = Double(5, 6, (True, True), (2, 0))(image.permute(0, 3, 2, 1))
+    assert torch.allclose(doubled, double(padded)[:, :, :14, :12], atol=1e-6)
+    assert torch.allclose(Double(5, 6)(image.permute(0, 3, 2, 1)), double(image), atol=1e-6)
 
 
 def test_positions_are_rescaled_to_training_size() -> None:
     """At twice the training size every second position has the angle of training (tables are rounded to fp16)."""
-    plain = transformer.make_grid(4, 4, 1.0, torch.empty(0))
-    scaled = transformer.make_grid(8, 8, 0.5, torch.empty(0))
+    plain = grid.make_grid(4, 4, 1.0, torch.empty(0))
+    scaled = grid.make_grid(8, 8, 0.5, torch.empty(0))
     odd = torch.arange(64).reshape(8, 8)[1::2, 1::2].flatten()
     assert torch.equal(scaled.turn_query[odd], plain.turn_query) and torch.equal(scaled.turn_key[odd], plain.turn_key)

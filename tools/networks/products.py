@@ -33,15 +33,6 @@ def transposed_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.transpose(1, 2) @ b
 
 
-def transposed_addmm(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """c + a^T b of c [M, N], a [K, M] and b [K, N], added before it is rounded: as one standard operator."""
-    if torch.onnx.is_in_onnx_export():
-        result = torch.onnx.ops.symbolic("Gemm", (a, b, c), {"transA": 1}, dtype=c.dtype, shape=c.shape, version=13)
-        assert isinstance(result, torch.Tensor)
-        return result
-    return torch.addmm(c, a.T, b)
-
-
 @script(Opset(DOMAIN, 1), default_opset=op)
 def FusedMatMul(a, b, transA: int):  # type: ignore[no-untyped-def]
     return op.MatMul(op.Transpose(a, perm=[0, 2, 1]), b)

@@ -118,8 +118,8 @@ class Refinement(nn.Module):
         conf = torch.softmax(similarity[..., :64], 1) * torch.softmax(similarity, 2)[..., :64]
         pixel0, pixel1 = quotient(conf.flatten(1).argmax(1), 64)
 
-        gram = last0 @ last1.transpose(1, 2)
-        line = (self.up0.index_select(0, pixel0)[:, None] @ gram).flatten(1)
+        found = self.up0.index_select(0, pixel0)[:, None] @ last0  # [K, 1, 8]
+        line = (found @ last1.transpose(1, 2)).flatten(1)
         correlation = line @ self.up1.T * (1 / (8**0.5 * 10))  # the original divides by sqrt(8), then by 10
         shift = torch.softmax(correlation.gather(1, self.wrapped.index_select(0, pixel1)), 1) @ self.steps
         return self.place.index_select(0, pixel0), self.place.index_select(0, pixel1) + shift

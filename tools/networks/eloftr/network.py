@@ -11,14 +11,17 @@ from torch import Tensor, nn
 from . import coarse, fine
 from .backbone import RepVGG
 from .coarse import CELL, Cells
-from .transformer import CoarseTransformer, Grid, block_weights, from_blocks, make_grid, to_blocks
-from .upsampling import Double, double
+from .fixed import Fixed
+from .grid import BLOCK, from_blocks, make_grid, to_blocks
+from .transformer import CoarseTransformer
+from .upsampling import double
 
-STEP = 32  # input sides are multiples of this: a cell times the 4x4 blocks of the transformer
+STEP = CELL * BLOCK  # input sides are multiples of this
 # Rows of padding that can reach the last row of coarse features: 119 pixels of receptive field, in whole cells.
 PADDING_SEEN = 120
-# Coarse rows below the valid ones that can reach a fine window: the pyramid's receptive field, see test_eloftr.py.
-PYRAMID_MARGIN = 4
+# Rows of cells below the valid ones for which the pyramid is computed. None: cells at the border are not matched, and
+# the receptive field of the other windows ends before the padding, but for the upsampling of the coarse features.
+PYRAMID_MARGIN = 0
 
 
 class Published(nn.Module):
@@ -64,7 +67,10 @@ class EfficientLoFTR(nn.Module):
         self.transformer = published.loftr_coarse.to(self.dtype)
         self.pyramid = published.fine_preprocess.to(self.dtype)
         self.refinement = fine.Refinement()
-        self.fixed = None if size is None else _Fixed(size, self._margins(*size), position_scale, self.dtype)
+        self.fixed: Fixed | None = None
+        if size is not None:
+            padded = (square and size[0] < size[1], square and size[1] < size[0])
+            self.fixed = Fixed(size, padded, self._margins(*size), position_scale, self.dtype)
         self.requires_grad_(False)
 
     def forward(self, image0: Tensor, image1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,9 +79,9 @@ class EfficientLoFTR(nn.Module):
             if self.fixed is None
             else self._together(torch.cat([image0, image1]), self.fixed)
         )
-        over1, over0 = coarse.confidences(first.coarse, second.coarse)
-        inside = first.cells.inside, second.cells.inside
-        scores, *indices = coarse.best_pairs(over1, over0, *inside, self.max_matches)
+        cells = first.cells, second.cells
+        factors = coarse.confidences(first.coarse, second.coarse, *(part.matched for part in cells))
+        scores, *indices = coarse.best_pairs(*factors, *cells, self.max_matches)
         windows, corners = [], []
         for image, index in zip((first, second), indices, strict=True):
             pixel = image.cells.window.index_select(0, index)
@@ -84,13 +90,13 @@ class EfficientLoFTR(nn.Module):
         offset0, offset1 = self.refinement(*windows)
         return corners[0] + offset0, corners[1] + offset1, scores
 
-    def _together(self, images: Tensor, fixed: _Fixed) -> tuple[_Features, _Features]:
+    def _together(self, images: Tensor, fixed: Fixed) -> tuple[_Features, _Features]:
         """Two images [2, 1, H, W] of the fixed size."""
         half, quarter, eighth = self._features(images)
         grid, cells0, cells1 = fixed()
-        both = self.transformer.together(to_blocks(eighth, grid.rows, grid.columns), grid)
+        both, *maps = self.transformer.together(to_blocks(eighth, grid.rows, grid.columns), grid)
         table = self.pyramid(both, quarter, half, fixed.to_quarter, fixed.to_half)
-        map0, map1 = (coarse.block_by_block(part) for part in both.split(1, 2))
+        map0, map1 = (part.reshape(-1, part.shape[3]) for part in maps)
         stride = half.shape[3]
         return _Features(map0, table, stride, cells0), _Features(map1, table, stride, cells1)
 
@@ -104,7 +110,7 @@ class EfficientLoFTR(nn.Module):
             rows, columns = grid.rows, grid.columns
             table = self.pyramid(x, quarter, half, partial(_double_blocks, rows=rows, columns=columns), double)
             cells = coarse.make_cells(4 * rows, 4 * columns, 16 * columns, 0, x.device)
-            result.append(_Features(coarse.block_by_block(x), table, 16 * columns, cells))
+            result.append(_Features(x.reshape(-1, x.shape[3]), table, 16 * columns, cells))
         return result
 
     def _features(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,53 +154,3 @@ class _Features(NamedTuple):
 
 def _double_blocks(x: Tensor, rows: int, columns: int) -> Tensor:
     return double(from_blocks(x, rows, columns))
-
-
-class _Fixed(nn.Module):
-    """What depends on nothing but the size of both images: tables and constant matrices."""
-
-    turn_query: Tensor
-    turn_key: Tensor
-    down: Tensor
-    across: Tensor
-
-    def __init__(
-        self, size: tuple[int, int], margins: tuple[int, int], position_scale: float, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        self.rows, self.columns = (length // STEP for length in size)
-        height, width = (length // CELL for length in size)
-        grid = make_grid(self.rows, self.columns, position_scale, torch.empty(0, dtype=dtype))
-        tables = {
-            "turn_query": grid.turn_query,
-            "turn_key": grid.turn_key,
-            "down": block_weights(self.rows).to(dtype),
-            "across": block_weights(self.columns).to(dtype),
-        }
-        for name, table in tables.items():
-            self.register_buffer(name, table, persistent=False)
-        self.double_blocks = Double(height, width, *margins).to(dtype)
-        self.double_map = Double(2 * (height + margins[0]), 2 * (width + margins[1])).to(dtype)
-        stride = 4 * (width + margins[1])
-        for image in (0, 1):  # the fine features of both are one table
-            first = image * stride * 4 * (height + margins[0])
-            for name, table in coarse.make_cells(height, width, stride, first, torch.device("cpu"))._asdict().items():
-                self.register_buffer(f"{name}{image}", table, persistent=False)
-
-    def forward(self) -> tuple[Grid, Cells, Cells]:
-        # The product of the two axes is left to the graph: runtimes fold it then, and a file need not hold it.
-        matrix = self.down[:, None, :, None, :, None] * self.across[None, :, None, :, None, :]
-        tokens = self.rows * self.columns
-        grid = Grid(self.rows, self.columns, self.turn_query, self.turn_key, matrix.reshape(tokens, 16 * tokens))
-        cells0, cells1 = (Cells(*(getattr(self, f"{name}{image}") for name in Cells._fields)) for image in (0, 1))
-        return grid, cells0, cells1
-
-    def to_half(self, x: Tensor) -> Tensor:
-        """Map [B, C, H, W] to twice the size."""
-        return self.double_map(x.permute(0, 3, 2, 1))
-
-    def to_quarter(self, blocks: Tensor) -> Tensor:
-        """Blocks [16, T, B, C] -> map [B, C, H, W] twice as large."""
-        batch, channels = blocks.shape[2:]
-        x = blocks.reshape(4, 4, self.rows, self.columns, batch, channels).permute(4, 3, 1, 2, 0, 5)
-        return self.double_blocks(x.reshape(batch, 4 * self.columns, 4 * self.rows, channels))

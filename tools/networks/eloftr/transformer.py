@@ -1,48 +1,28 @@
 """The coarse transformer of EfficientLoFTR (Wang et al., CVPR 2024, section 3.2): aggregated attention.
 
 Queries are 4x4 blocks of the coarse map summed by a depthwise convolution, keys and values its 4x4 maxima; the message
-comes back to every cell by bilinear upsampling. Here a map is kept as [16, T, B, C], the cells of a block first: then
-both kinds of pooling are plain reductions over the first axis, and upsampling is one matrix product. Two images of one
-size are B = 2; to attention, which must not mix them, they are twice as many heads.
+comes back to every cell by bilinear upsampling. Here a map is kept as [B, T, 16, C], a block's cells together: then
+both poolings are of neighbours in memory, and upsampling is one matrix product. Two images of one size are B = 2.
 """
 
 from __future__ import annotations
-
-import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from matchanything_tools.networks.attention import attention, norm_by_rows
-from matchanything_tools.networks.products import transposed_addmm
+from matchanything_tools.networks.products import transposed_matmul
 
-from .upsampling import axis_weights
+from .grid import BLOCK, WIDTH, Grid, to_blocks
 
-WIDTH, HEADS, BLOCK = 256, 8, 4
-
-
-class Grid(NamedTuple):
-    """What attention needs to know of a coarse map with rows x columns blocks.
-
-    turn_query, turn_key: [T, 1, 2 C] and [T, 1, 3 C], the rotary position encoding as factors of what the projections
-    give: cosines for queries or keys, sines for the same with channels swapped, ones for values.
-    upsampling: [T, 16 T], transposed for `transposed_addmm`; or None to interpolate.
-    """
-
-    rows: int
-    columns: int
-    turn_query: Tensor
-    turn_key: Tensor
-    upsampling: Tensor | None
+HEADS = 8
 
 
 class AggregatedAttention(nn.Module):
     """One layer; attribute names are the published keys. Only what `fuse` made of them is used by `forward`."""
 
     pooling: Tensor
-    ones: Tensor
     to_query: Tensor
     to_key_value: Tensor
     from_cell: Tensor
@@ -72,8 +52,7 @@ class AggregatedAttention(nn.Module):
         queries = [query, rotated(query)] if self.rotary else [query]
         keys = [key, rotated(key)] if self.rotary else [key]
         weights = {
-            "pooling": self.aggregate.weight.double().reshape(WIDTH, BLOCK * BLOCK).T.reshape(-1, 1, 1, WIDTH),
-            "ones": torch.ones(1, BLOCK * BLOCK),
+            "pooling": self.aggregate.weight.double().reshape(WIDTH, BLOCK * BLOCK).T.reshape(-1, WIDTH, 1),
             "to_query": torch.cat(queries).T,
             "to_key_value": torch.cat([*keys, value]).T,
             "from_cell": first[:, :WIDTH].T,
@@ -86,15 +65,15 @@ class AggregatedAttention(nn.Module):
             self.register_buffer(name, weight.detach().float().contiguous())
 
     def forward(self, x: Tensor, source: Tensor, grid: Grid, source_grid: Grid) -> Tensor:
-        """x [16, T, B, C] attends to source [16, S, B, C]; returns the new x."""
+        """x [B, T, 16, C] attends to source [B, S, 16, C]; returns the new x."""
         return self.update(x, self.queries(x, grid), source, grid, source_grid)
 
     def queries(self, x: Tensor, grid: Grid) -> Tensor:
-        """[16, T, B, C] -> [T, B, C]."""
-        # A product with ones sums over the first axis in the type that is there: for sum() and amax() of fp16 the
-        # exporter inserts casts to fp32 and back.
-        pooled = (self.ones @ (x * self.pooling).flatten(1)).reshape(x.shape[1:])
-        queries = _norm(pooled, self.norm1) @ self.to_query
+        """[B, T, 16, C] -> [B, T, C]."""
+        # The depthwise convolution as a dense product with a matrix that is mostly zeros: on an H200 at 480x640 6 us
+        # instead of 14 for factors and a sum. Runtimes make the matrix once, but of fp16 they cannot: hence fp32 here.
+        matrix = (self.pooling.float() * torch.eye(WIDTH, device=x.device)).flatten(0, 1).to(x.dtype)
+        queries = _norm(x.flatten(2) @ matrix, self.norm1) @ self.to_query
         if not self.rotary:
             return queries
         query, turned = (queries * grid.turn_query).split(WIDTH, -1)
@@ -108,11 +87,10 @@ class AggregatedAttention(nn.Module):
             key = key + turned
         else:
             key, value = keys_values.split(WIDTH, -1)
-        flat_query, key, value = (part.flatten(1)[None] for part in (query, key, value))
-        message = attention(flat_query, key, value, x.shape[2] * HEADS)
-        message = message.reshape(query.shape) @ self.from_message
-        hidden = F.leaky_relu(_add_upsampled(x @ self.from_cell, message, grid))
-        return x + _norm(hidden @ self.to_cell, self.norm2)
+        message = attention(query, key, value, HEADS) @ self.from_message
+        cells = x.reshape(-1, WIDTH)
+        hidden = F.leaky_relu(torch.addmm(_upsampled(message, grid), cells, self.from_cell))
+        return x + _norm(hidden @ self.to_cell, self.norm2).reshape(x.shape)
 
 
 class CoarseTransformer(nn.Module):
@@ -127,7 +105,7 @@ class CoarseTransformer(nn.Module):
             layer.fuse()  # type: ignore[operator]
 
     def forward(self, x0: Tensor, x1: Tensor, grid0: Grid, grid1: Grid) -> tuple[Tensor, Tensor]:
-        """Feature blocks [16, T, 1, C] of both images, which may differ in size -> the same."""
+        """Feature blocks [1, T, 16, C] of both images, which may differ in size -> the same."""
         for index, layer in enumerate(self.layers):
             if index % 2:  # image 1 attends to image 0 as already updated
                 x0 = layer(x0, x1, grid0, grid1)
@@ -136,76 +114,41 @@ class CoarseTransformer(nn.Module):
                 x0, x1 = layer(x0, x0, grid0, grid0), layer(x1, x1, grid1, grid1)
         return x0, x1
 
-    def together(self, both: Tensor, grid: Grid) -> Tensor:
-        """The same for two images of one size, [16, T, 2, C]: what does not differ between them is done at once."""
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, AggregatedAttention)
-            if index % 2:
-                query0, query1 = layer.queries(both, grid).split(1, 1)
-                x0, x1 = both.split(1, 2)
-                x0 = layer.update(x0, query0, x1, grid, grid)
-                both = torch.cat([x0, layer.update(x1, query1, x0, grid, grid)], 2)
-            else:
-                both = layer(both, both, grid, grid)
-        return both
+    def together(self, both: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for two images of one size, [2, T, 16, C]: what does not differ between them is done at once.
 
-
-def make_grid(rows: int, columns: int, scale: float, like: Tensor) -> Grid:
-    """rows, columns: of 4x4 blocks. scale: what positions are multiplied by.
-    like: any tensor of the wanted type and device.
-
-    The original rounds the tables of the position encoding to fp16; so do we.
-    """
-    frequencies = torch.exp(torch.arange(64, device=like.device) * (-math.log(10000.0) / 64))
-    row = (torch.arange(rows, device=like.device) + 1.0)[:, None] * scale * frequencies
-    column = (torch.arange(columns, device=like.device) + 1.0)[:, None] * scale * frequencies
-    shape = (rows, columns, 64)
-    # Channels 4k, 4k+1 turn with the row and 4k+2, 4k+3 with the column.
-    angles = torch.stack([row[:, None].expand(shape), column[None].expand(shape)], -1)
-    angles = angles[..., None].expand(*shape, 2, 2).reshape(rows * columns, 1, WIDTH)
-    cos, sin = angles.cos().half().to(like.dtype), angles.sin().half().to(like.dtype)
-    return Grid(rows, columns, torch.cat([cos, sin], 2), torch.cat([cos, sin, torch.ones_like(cos)], 2), None)
-
-
-def to_blocks(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Map [B, C, 4 rows, 4 columns] -> [16, rows * columns, B, C]."""
-    x = x.reshape(x.shape[0], x.shape[1], rows, BLOCK, columns, BLOCK).permute(3, 5, 2, 4, 0, 1)
-    return x.reshape(BLOCK * BLOCK, rows * columns, x.shape[4], x.shape[5])
-
-
-def from_blocks(x: Tensor, rows: int, columns: int) -> Tensor:
-    """The inverse of to_blocks."""
-    batch, channels = x.shape[2], x.shape[3]
-    x = x.reshape(BLOCK, BLOCK, rows, columns, batch, channels).permute(4, 5, 2, 0, 3, 1)
-    return x.reshape(batch, channels, BLOCK * rows, BLOCK * columns)
+        Returns both, and each alone.
+        """
+        for index in range(0, len(self.layers), 2):
+            alone, across = self.layers[index], self.layers[index + 1]
+            assert isinstance(across, AggregatedAttention)
+            both = alone(both, both, grid, grid)
+            query0, query1 = across.queries(both, grid).split(1)
+            x0, x1 = both.split(1)
+            x0 = across.update(x0, query0, x1, grid, grid)
+            x1 = across.update(x1, query1, x0, grid, grid)
+            both = torch.cat([x0, x1])
+        return both, x0, x1
 
 
 def _block_maximum(x: Tensor) -> Tensor:
-    """[16, T, B, C] -> [T, B, C], as a pooling of channels-last layout, for which GPUs have faster kernels."""
-    _, tokens, batch, width = x.shape
-    image = x.reshape(1, BLOCK * BLOCK, tokens, batch * width).permute(0, 3, 1, 2)
-    return F.max_pool2d(image, (BLOCK * BLOCK, 1)).permute(0, 2, 3, 1).reshape(tokens, batch, width)
+    """[B, T, 16, C] -> [B, T, C], as a pooling of channels-last layout, for which GPUs have faster kernels."""
+    return F.max_pool2d(x.permute(0, 3, 1, 2), (1, BLOCK * BLOCK)).permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """norm(x) of [..., C]; every row a batch of its own, so that but one row of zeros is added."""
+    """norm(x) of [..., C]; every row a batch of its own, as `norm_by_rows` wants it."""
     return norm_by_rows(x.reshape(-1, 1, WIDTH), norm).reshape(x.shape)
 
 
-def _add_upsampled(x: Tensor, message: Tensor, grid: Grid) -> Tensor:
-    """x [16, T, B, D] on cells plus message [T, B, D] on blocks, upsampled bilinearly (align_corners=False)."""
-    _, tokens, batch, width = x.shape
+def _upsampled(message: Tensor, grid: Grid) -> Tensor:
+    """Message [B, T, D] on blocks, upsampled bilinearly (align_corners=False) to cells, [B * T * 16, D]."""
+    batch, _, width = message.shape
     if grid.upsampling is not None:
-        cells = transposed_addmm(x.reshape(-1, batch * width), grid.upsampling, message.reshape(tokens, batch * width))
-        return cells.reshape(x.shape)
-    coarse = message.reshape(grid.rows, grid.columns, batch, width).permute(2, 3, 0, 1)
+        return transposed_matmul(grid.upsampling.expand(batch, -1, -1), message).reshape(-1, width)
+    coarse = message.reshape(batch, grid.rows, grid.columns, width).permute(0, 3, 1, 2)
     fine = F.interpolate(coarse, scale_factor=float(BLOCK), mode="bilinear", align_corners=False)
-    return x + to_blocks(fine, grid.rows, grid.columns)
-
-
-def block_weights(count: int) -> Tensor:
-    """[count, 4, count]: weight of a block for every cell (position in its block, block) along one axis."""
-    return axis_weights(count, BLOCK).reshape(count, BLOCK, count).permute(2, 1, 0)
+    return to_blocks(fine, grid.rows, grid.columns).reshape(-1, width)
 
 
 def rotated(weight: Tensor) -> Tensor:

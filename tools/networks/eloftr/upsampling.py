@@ -20,18 +20,24 @@ def axis_weights(count: int, factor: int) -> Tensor:
 
 
 class Double(nn.Module):
-    """[B, W, H, C], columns first and of fixed size, to [B, C, 2 H, 2 W].
+    """[B, W, H, C], columns first and of fixed size, to [B, C, 2 (H + margin), 2 (W + margin)].
 
-    below, right: rows and columns of zeros around the images that are there for the upsampling alone.
+    padded: whether there are zeros (below, right of) the images. margins: how many of them to upsample, too.
     """
 
     down: Tensor
     across: Tensor
 
-    def __init__(self, height: int, width: int, below: int = 0, right: int = 0) -> None:
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        padded: tuple[bool, bool] = (False, False),
+        margins: tuple[int, int] = (0, 0),
+    ) -> None:
         super().__init__()
-        for name, count, surplus in (("down", height, below), ("across", width, right)):
-            matrix = axis_weights(count + surplus, 2)[:, :count].T
+        for name, count, zeros, margin in zip(("down", "across"), (height, width), padded, margins, strict=True):
+            matrix = axis_weights(count + margin + zeros, 2)[: 2 * (count + margin), :count].T
             self.register_buffer(name, matrix[None].contiguous(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
