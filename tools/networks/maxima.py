@@ -20,11 +20,12 @@ def largest(x: Tensor, axis: int) -> Tensor:
     length = x.shape[axis]
     if not isinstance(length, int):
         return x.amax(dim=axis, keepdim=True)
-    planes = x.unsqueeze(1) if x.dim() == 3 else x[None, None]
+    # One channel, which is said to be the last in memory: so ONNX Runtime need not copy a large matrix to make it so.
+    planes = x.reshape(-1, *x.shape[-2:], 1).permute(0, 3, 1, 2)
     steps = 1 if length <= 64 else 2 if length <= 256 else 3
     for left in range(steps, 0, -1):
         size = planes.shape[axis]
         step = math.ceil(size ** (1 / left))
         window = (1, step) if axis == -1 else (step, 1)
         planes = F.max_pool2d(planes, window, stride=window, ceil_mode=True)
-    return planes.reshape(*x.shape[:-2], *planes.shape[-2:])
+    return planes.permute(0, 2, 3, 1).reshape(*x.shape[:-2], *planes.shape[-2:])

@@ -57,7 +57,7 @@ def match(
             distance = (2 - 2 * torch.topk(similarity, 2, dim=1).values).clamp(min=0).sqrt()
             scores = torch.where(distance[:, 0] <= ratio * distance[:, 1], scores, torch.zeros_like(scores))
     scores, index0 = topk(scores, max_matches)
-    return index0, partner[index0], scores
+    return index0, partner.index_select(0, index0), scores
 
 
 def _dual_softmax(

@@ -52,7 +52,7 @@ class SparsePair(nn.Module):
             criterion=self.criterion,
             max_matches=self.max_matches,
         )
-        return keypoints0[index0], keypoints1[index1], scores
+        return keypoints0.index_select(0, index0), keypoints1.index_select(0, index1), scores
 
 
 # Thresholds that the originals and our measurements use: probability, cosine, cosine.

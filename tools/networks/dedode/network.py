@@ -99,7 +99,7 @@ def detect(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     height, width = logits.shape[2:]
     # The softmax over all pixels, in steps that many threads share.
-    logits = logits[:, 0]
+    logits = logits.squeeze(1)
     exponential = torch.exp(logits - largest(largest(logits, -1), -2))
     ones = torch.ones(width, 1, device=logits.device)
     total = (exponential @ ones).transpose(1, 2) @ torch.ones(height, 1, device=logits.device)
