@@ -36,9 +36,10 @@ class ConvRefiner(nn.Module):
         """zoom: size of this pass over the size of the first."""
         displacement = ((40 / 32 * zoom) * (flow - pixel_grid(*flow.shape[2:]))).to(features.dtype)
         own = features.split(1)
+        grids = torch.stack((flow[:, 0], flow[:, 1]), 3).split(1)  # not permuted, for which ONNX Runtime takes longer
         parts = [
-            [x, _sample(y, to), self._embed(at)]
-            for x, y, to, at in zip(own, own[::-1], flow.split(1), displacement.split(1), strict=True)
+            [x, _sample(y, grid), self._embed(at)]
+            for x, y, grid, at in zip(own, own[::-1], grids, displacement.split(1), strict=True)
         ]
         if self.radius is not None:
             scaled = features if self.gain == 1 else features * self.gain
@@ -156,9 +157,9 @@ class _Head(_Mix):
         return (self.weight @ tokens.transpose(1, 2)).unflatten(2, x.shape[2:])
 
 
-def _sample(features: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
-    """Features [1, H, W, C] of the other image, where the flow [1, 2, H, W] points."""
-    sampled = F.grid_sample(features.float().permute(0, 3, 1, 2), flow.permute(0, 2, 3, 1), align_corners=False)
+def _sample(features: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """Features [1, H, W, C] of the other image at the normalised positions [1, H, W, 2]."""
+    sampled = F.grid_sample(features.float().permute(0, 3, 1, 2), grid, align_corners=False)
     return sampled.permute(0, 2, 3, 1).to(features.dtype)
 
 
