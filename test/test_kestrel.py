@@ -18,11 +18,12 @@ from matchanything_ros.matcher import Matcher
 from matchanything_tools.export import Exportable, export, golden_pair
 from matchanything_tools.networks.kestrel import load
 from matchanything_tools.networks.kestrel.affine import local_affine
+from matchanything_tools.networks.kestrel.attending import enlarge
 from matchanything_tools.networks.kestrel.blocks import fuse, upsample
-from matchanything_tools.networks.kestrel.encoder import Encoder, enlarge
+from matchanything_tools.networks.kestrel.encoder import Encoder, FixedEncoder
 from matchanything_tools.networks.kestrel.matching import KestrelMatcher, dual_softmax
-from matchanything_tools.networks.kestrel.model import SHARPNESS, Kestrel, cell_centres, similarity
-from matchanything_tools.networks.kestrel.placing import Patch, Window
+from matchanything_tools.networks.kestrel.model import SHARPNESS, Kestrel, similarity
+from matchanything_tools.networks.kestrel.placing import Patch, Window, pixels, units
 from matchanything_tools.networks.kestrel.refine import steps
 
 BUNDLE = BUNDLES / "kestrel.onnx"
@@ -73,7 +74,7 @@ def test_the_exported_features_are_the_trained_ones(together: bool) -> None:
     images = torch.rand(2, 1, 64, 96)
     with torch.inference_mode():
         expected = network.features(images)
-        encoder = Encoder(network, together)
+        encoder = FixedEncoder(network) if together else Encoder(network)
         features = encoder([images] if together else list(images.split(1)))
     scales = {"descriptors": (SHARPNESS / network.dim) ** 0.5, "queries": 0.25}  # 16 channels
     for name, value in expected._asdict().items():
@@ -105,8 +106,10 @@ def test_the_exported_stages_place_as_the_trained_ones() -> None:
         for _ in range(2):
             shift, _, _ = network.patch(detail0, detail1, points0[None], expected, affine[None])
             expected = expected + (steps(affine[None])[1] @ shift[..., None])[..., 0]
-        found = Patch(network.patch)(detail0, detail1, points0, points1, affine.flatten(1), rounds=2)
-    assert torch.allclose(found, expected[0], atol=1e-3)  # px
+        at = (units(points0, detail0), units(points1, detail1))
+        areas = torch.linalg.det(affine)[:, None].expand(-1, 4)
+        found = Patch(network.patch)(detail0, detail1, *at, affine.flatten(1), areas, rounds=2)
+    assert torch.allclose(pixels(found, detail1), expected[0], atol=1e-3)  # px
 
 
 @pytest.mark.parametrize("sharp", [1.0, 2.7])  # 2.7: logits above 90, whose exponential fp32 cannot hold
@@ -133,10 +136,14 @@ def test_dual_softmax_is_the_textbook_formula(sharp: float, separate: bool) -> N
 def test_local_affine_finds_the_map_despite_rounding_to_cells() -> None:
     angle = np.deg2rad(35.0)
     truth = 0.8 * torch.tensor([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], dtype=torch.float32)
-    centres = cell_centres(20, 24)
-    points = ((centres @ truth.T + 40) / 8).round() * 8
-    found = local_affine(points, torch.full((480,), 0.7), (20, 24), torch.arange(480)).view(20, 24, 2, 2)[3:-3, 3:-3]
-    # rounding is +-4 px on a lever of 8 px * sqrt(50): a standard deviation of 0.04 for every entry
+    x, y = torch.meshgrid(torch.arange(24.0), torch.arange(20.0), indexing="xy")
+    targets = (torch.stack((x, y), -1).reshape(-1, 2) @ truth.T + 5).round()
+    cells, high = torch.arange(480), torch.tensor([0.7])
+    flat, area = local_affine(targets, cells, torch.full((480,), 0.7), (20, 24), cells, high)
+    found = flat.view(20, 24, 2, 2)
+    assert torch.allclose(area, torch.linalg.det(found).reshape(-1, 1).expand(-1, 4), rtol=1e-3)
+    found = found[3:-3, 3:-3]
+    # rounding is +-0.5 cells on a lever of sqrt(50) cells: a standard deviation of 0.04 for every entry
     assert (found - truth).abs().max() < 0.16
     assert (found - truth).abs().mean() < 0.04
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class StripedConv(nn.Conv2d):
-    """A 1x1 or 3x3 convolution that keeps the size, or divides it by a stride, over stripes of neighbouring columns.
+    """A convolution that keeps the size, or divides it by its stride, over stripes of neighbouring columns.
 
     The same sums, plus zeros: C channels of some columns are so many times C channels of one, which matrix units take
     64 at a time. In channels-last memory a map is its own map of stripes, so that nothing is moved but images that
@@ -18,18 +18,21 @@ class StripedConv(nn.Conv2d):
     """
 
     def __init__(self, conv: nn.Module, columns: int, *, planes: bool = False) -> None:
-        """conv: with padding 1 if 3x3. columns: of a stripe; a multiple of the stride that divides the width.
+        """conv: it reaches no further than the next stripe. columns: of a stripe; a multiple of the stride that divides
+        the width.
         planes: the input comes in channels-first memory."""
         assert isinstance(conv, nn.Conv2d) and conv.groups == 1 and columns % conv.stride[0] == 0
         kernel, stride = conv.kernel_size[0], conv.stride[0]
         across, surplus = columns // stride, -columns * conv.in_channels % 8
         inputs, outputs = columns * conv.in_channels + surplus, across * conv.out_channels
-        beside = kernel // 2  # a stripe on either side, for 3x3
-        super().__init__(inputs, outputs, kernel, (stride, 1), beside, bias=conv.bias is not None)
+        above, before = (int(padding) for padding in conv.padding)
+        beside = int(kernel > 1)  # a stripe on either side
+        size = (kernel, 2 * beside + 1)
+        super().__init__(inputs, outputs, size, (stride, 1), (above, beside), bias=conv.bias is not None)
         self.columns, self.planes, self.across, self.surplus = columns, planes, across, surplus
         weights = []
         for column in range(0, columns, stride):
-            left = beside * columns + column - beside
+            left = beside * columns + column - before
             wide = F.pad(conv.weight.detach(), (left, (2 * beside + 1) * columns - kernel - left))
             wide = wide.unflatten(3, (2 * beside + 1, columns))  # [outputs, inputs, rows, stripes, columns]
             wide = wide.permute(0, 1, 4, 2, 3) if planes else wide.permute(0, 4, 1, 2, 3)

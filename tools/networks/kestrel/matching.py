@@ -7,10 +7,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from matchanything_tools.networks.kestrel.affine import local_affine
-from matchanything_tools.networks.kestrel.encoder import BLOCK, Encoder
+from matchanything_tools.networks.kestrel.attending import BLOCK
+from matchanything_tools.networks.kestrel.encoder import Encoder, FixedEncoder
 from matchanything_tools.networks.kestrel.model import Kestrel, cell_centres
-from matchanything_tools.networks.kestrel.placing import Patch, Window
+from matchanything_tools.networks.kestrel.placing import Patch, Window, per_pixel, pixels, units
 from matchanything_tools.networks.topk import topk
+
+# Exponents of what exponentials and weights are multiplied by, so that fp16 holds both down to e^-14 or so, which they
+# reach where matches are worth it, and their sums up to 20, above which no share reaches the score threshold.
+LIFT, WEIGHT_LIFT = 3.0, 5.0
 
 
 class KestrelMatcher(nn.Module):
@@ -26,7 +31,7 @@ class KestrelMatcher(nn.Module):
     ) -> None:
         super().__init__()
         self.max_matches, self.rounds, self.same_size = max_matches, rounds, same_size
-        self.encoder = Encoder(network, same_size)
+        self.encoder = FixedEncoder(network) if same_size else Encoder(network)
         self.window, self.patch = Window(network.window), Patch(network.patch)
         if half:
             self.encoder.half()
@@ -49,15 +54,17 @@ class KestrelMatcher(nn.Module):
             cells = torch.where(scores > 0, cells, torch.zeros_like(cells))
         else:
             scores, cells = topk(confidence, self.max_matches)
-        affine = local_affine(centres1.index_select(0, partner), confidence, shape0, cells)
+        affine, area = local_affine(shape1, partner, confidence, shape0, cells, scores[:1])
         chosen = partner.index_select(0, cells)
         height, width = second.keys.shape[1:3]
         queries = first.queries.flatten(0, 2).index_select(0, cells)
         keys, start = second.keys.flatten(0, 2), last * height * width
-        points0 = centres0.index_select(0, cells)
-        points1 = centres1.index_select(0, chosen) + self.window(queries, keys, chosen, (height, width), start)
+        offset = self.window(queries, keys, chosen, (height, width), start)
         detail0, detail1 = first.detail[:1], second.detail[last:]
-        return points0, self.patch(detail0, detail1, points0, points1, affine, self.rounds), scores
+        at0 = units(centres0, detail0).index_select(0, cells)
+        at1 = units(centres1, detail1).index_select(0, chosen) + offset * per_pixel(detail1)
+        at1 = self.patch(detail0, detail1, at0, at1, affine, area, self.rounds)
+        return centres0.index_select(0, cells), pixels(at1, detail1), scores
 
 
 def dual_softmax(descriptors: list[Tensor], matchable: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -68,23 +75,27 @@ def dual_softmax(descriptors: list[Tensor], matchable: list[Tensor]) -> tuple[Te
 
     A matrix of all cells by all cells is large, and every pass over it costs. So that fp16 suffices for it, half the
     squared lengths of both descriptors are taken off, which leaves minus half their squared distance: precise where it
-    is small, and never above 0. The sums of its exponentials then tell what to add to its rows and columns that makes
-    it half the logarithm of the confidence, and a second product is cheaper than two additions to the whole.
+    is small, never above 0, and above -14 for whatever is worth a match. The sums of its exponentials then tell what
+    to add to its rows and columns that makes it half the logarithm of the confidence, and a second product is cheaper
+    than two additions to the whole.
     """
     (height0, width0), (height1, width1) = matchable[0].shape[1:], matchable[-1].shape[1:]
     flat = [x.flatten(1, 2) for x in descriptors]
-    halves = [-0.5 * ((x * x) @ torch.ones(x.shape[2], 1, dtype=x.dtype)).float() for x in flat]
-    weights = [torch.exp(half.amin((0, 1), keepdim=True) - half) for half in halves]
-    visible = [
-        m.flatten(1)[:, :, None].float().sigmoid() * weight for m, weight in zip(matchable, weights, strict=True)
-    ]
-    exponential = torch.exp(_product(flat, halves).float())
+    dtype = flat[0].dtype
+    halves = [(x * x) @ torch.full((x.shape[2], 1), -0.5, dtype=dtype) for x in flat]
+    above = [half.amin(1, keepdim=True) + WEIGHT_LIFT - half for half in halves]
+    weights = [torch.exp(each) for each in above]
+    exponential = torch.exp(_product(flat, halves, LIFT, None))
     rows = exponential @ weights[-1][-1]
     columns = weights[0][0].reshape(1, -1) @ exponential
     totals = [rows[None], columns.reshape(1, -1, 1)]
     totals = totals if len(flat) == 2 else [torch.cat(totals)]
-    shares = [(v / total.clamp(min=1e-30)).clamp(min=1e-30) for v, total in zip(visible, totals, strict=True)]
-    logarithm = _product(flat, [0.5 * share.log() + half for share, half in zip(shares, halves, strict=True)])
+    least = max(torch.finfo(dtype).tiny / 64, 1e-37)
+    shares = [
+        each.float() + (m.flatten(1)[:, :, None].float().sigmoid() / total.float().clamp(least, 1e30)).log()
+        for each, m, total in zip(above, matchable, totals, strict=True)
+    ]
+    logarithm = _product(flat, halves, LIFT, shares)
     if isinstance(height1, int):
         partner = logarithm.argmax(1)
         best = logarithm.gather(1, partner[:, None]).flatten()
@@ -106,21 +117,25 @@ def dual_softmax(descriptors: list[Tensor], matchable: list[Tensor]) -> tuple[Te
     return torch.where(mutual, confidence, torch.zeros_like(confidence)), partner
 
 
-def _product(flat: list[Tensor], summands: list[Tensor]) -> Tensor:
-    """The descriptors' products plus a summand of each, as one product in their type: [N0, N1].
+def _product(flat: list[Tensor], summands: list[Tensor], constant: float, shares: list[Tensor] | None) -> Tensor:
+    """The descriptors' products plus a constant, a summand of each and half a share of each, as one product: [N0, N1].
 
-    flat [B, N, d], summands [B, N, 1] float32: one batch of two, or two of one.
+    flat [B, N, d], summands [B, N, 1] of its type, shares [B, N, 1] float32: one batch of two, or two of one.
     """
-    left, right = [], []
-    for x, summand in zip(flat, summands, strict=True):
-        pair = _in_two(summand, x.dtype)
-        ones, filled = torch.ones_like(pair[0]), -(x.shape[2] + 4) % 8  # tensor cores read eight channels at once
-        zeros = x.new_zeros(*x.shape[:2], filled)
-        left.append((x, *pair, ones, ones, zeros))
-        right.append((x, ones, ones, *pair, zeros))
-    a = torch.cat([part[0] for part in left[0]], 1)
-    b = torch.cat([part[-1] for part in right[-1]], 1)
+    pairs = (
+        [()] * len(flat) if shares is None else [_in_two(share, x.dtype) for share, x in zip(shares, flat, strict=True)]
+    )
+    x0, *added0 = (x[0] for x in (flat[0], summands[0], *pairs[0]))
+    x1, *added1 = (x[-1] for x in (flat[-1], summands[-1], *pairs[-1]))
+    ones = [1.0, 0.5, 0.5][: len(added0)]
+    zeros = [0.0] * (-(x0.shape[1] + 2 * len(ones) + 1) % 8)  # tensor cores read eight channels at once
+    a = torch.cat((x0, *added0, _rows([*ones, 1.0, *zeros], x0)), 1)
+    b = torch.cat((x1, _rows(ones, x1), *added1, _rows([constant, *zeros], x1)), 1)
     return a @ b.transpose(0, 1)
+
+
+def _rows(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).expand(like.shape[0], -1)
 
 
 def _in_two(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

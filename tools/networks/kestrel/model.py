@@ -57,12 +57,15 @@ class Kestrel(nn.Module):
 
     def pyramid(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """image [B, 1, H, W] in [0, 1] -> maps at 1/2, 1/4 and 1/8; every image is standardised by itself."""
-        image = image.float()
-        mean = image.mean((1, 2, 3), keepdim=True)
-        deviation = ((image - mean) ** 2).mean((1, 2, 3), keepdim=True).sqrt()
-        x1 = self.stage1(((image - mean) / (deviation + 0.02)).to(self.descriptor.weight.dtype))
+        x1 = self.stage1(self.standardised(image))
         x2 = self.stage2(x1)
         return x1, x2, self.stage3(x2)
+
+    def standardised(self, image: Tensor) -> Tensor:
+        image = image.float()
+        centred = image - image.mean((1, 2, 3), keepdim=True)
+        deviation = (centred * centred).mean((1, 2, 3), keepdim=True).sqrt()
+        return (centred / (deviation + 0.02)).to(self.descriptor.weight.dtype)
 
     def attend(self, tokens: list[Tensor], rope_scale: float = 1.0) -> list[Tensor]:
         """Self and cross attention. tokens: [B, h, w, dim] of each image, or one [2B, h, w, dim] with both stacked."""

@@ -19,18 +19,19 @@ class Window(nn.Module):
         scale = refiner.key.out_channels**-0.5
         first, second, last = _linear_layers(refiner.offset)
         samples, hidden = WINDOW * WINDOW, first.out_features
-        width = hidden + 8  # the expected position, by its positive and negative part, rides along (8: see PADDED)
-        a, b, c = torch.zeros(width, first.in_features), torch.zeros(width, width), torch.zeros(2, width)
-        a[:hidden] = first.weight.detach()
+        # Beside the hidden channels go the expected position, by its positive and negative part, and a 1, by which
+        # biases are rows of the weights: an addition less. Everything is a multiple of 8 wide, see PADDED.
+        x, y, one, width = hidden, hidden + 2, hidden + 4, hidden + 8
+        inputs = first.in_features
+        self.filled = -inputs % 8 or 8
+        a, b, c = torch.zeros(width, inputs + self.filled), torch.zeros(width, width), torch.zeros(2, width)
+        a[:hidden, :inputs], a[:hidden, inputs], a[one, inputs] = first.weight.detach(), first.bias.detach(), 1.0
         a[:hidden, samples : samples + refiner.key.out_channels] /= scale
-        a[hidden : hidden + 2, :samples], a[hidden + 2 : hidden + 4, :samples] = refiner.grid.T, -refiner.grid.T
+        a[x:y, :samples], a[y:one, :samples] = refiner.grid.T, -refiner.grid.T
         b[:hidden, :hidden], b[hidden:, hidden:] = second.weight.detach(), torch.eye(8)
-        c[:, :hidden] = last.weight.detach()[:2]
-        c[:, hidden : hidden + 2], c[:, hidden + 2 : hidden + 4] = torch.eye(2), -torch.eye(2)
-        self.filled = -a.shape[1] % 8
-        self.first = _Linear(F.pad(a, (0, self.filled)), F.pad(first.bias.detach(), (0, 8)))
-        self.second = _Linear(b, F.pad(second.bias.detach(), (0, 8)))
-        self.last = _Linear(c, last.bias.detach()[:2])
+        b[:hidden, one], c[:, one] = second.bias.detach(), last.bias.detach()[:2]
+        c[:, :hidden], c[:, x:y], c[:, y:one] = last.weight.detach()[:2], torch.eye(2), -torch.eye(2)
+        self.first, self.second, self.last = _Product(a), _Product(b), _Product(c)
 
     def forward(self, queries: Tensor, keys: Tensor, partner: Tensor, shape: tuple[int, int], start: int) -> Tensor:
         """queries [K, c], keys [rows, c] of which image 1's, of height and width `shape`, begin at `start`; partner
@@ -42,7 +43,8 @@ class Window(nn.Module):
         logits = (window @ queries[:, :, None]).flatten(1) * inside
         weight = torch.softmax(logits, -1)
         expected = ((weight * inside)[:, None] @ window).flatten(1)
-        x = torch.cat((weight, queries, expected, weight.new_zeros(len(weight), self.filled)), 1)
+        one = weight.new_ones(1).expand(len(weight), 1)
+        x = torch.cat((weight, queries, expected, F.pad(one, (0, self.filled - 1))), 1)
         return self.last(F.relu(self.second(F.relu(self.first(x))))).float()
 
 
@@ -70,22 +72,31 @@ class Patch(nn.Module):
     def __init__(self, refiner: PatchRefiner) -> None:
         super().__init__()
         samples, hidden = PATCH * PATCH, refiner.hidden.out_features
-        self.hidden_width = hidden
-        # Columns: the hidden layer, the logits of the shifts, and such of no weight; rows: sample 1, then sample 0.
-        pairs = torch.zeros(hidden + PADDED, samples, PADDED)
-        joined = torch.cat((refiner.hidden.weight, refiner.shift.weight)).detach()
-        pairs[: hidden + samples, :, :samples] = joined.reshape(-1, samples, samples).transpose(1, 2)
-        self.pairs = nn.Linear(samples * PADDED, hidden + PADDED, bias=False)
-        self.pairs.weight = nn.Parameter(pairs.reshape(hidden + PADDED, -1))
-        condition = F.pad(refiner.condition.weight.detach(), (0, 3, 0, PADDED))
-        bias = torch.cat((refiner.hidden.bias + refiner.condition.bias, refiner.shift.bias)).detach()
-        never = torch.full((PADDED - samples,), -1e4)
-        self.condition = _Linear(condition, torch.cat((bias, never)))
         middle, last = _linear_layers(refiner.out)
-        self.middle = _Linear(middle.weight.detach(), middle.bias.detach())
-        final = torch.zeros(2, PADDED + middle.out_features)
-        final[:, :samples], final[:, PADDED:] = refiner.grid.T, last.weight.detach()[:2]
-        self.last = _Linear(final[[0, 1, 0, 1]], last.bias.detach()[[0, 1, 0, 1]])
+        # Columns: the hidden layer, a 1, by which biases are rows of the weights, the logits of the shifts, and such of
+        # no weight. Rows: sample 1, then sample 0.
+        one, width = hidden, hidden + 8 + PADDED
+        self.logits = slice(hidden + 8, width)
+        joined = torch.cat((refiner.hidden.weight, torch.zeros(8, samples**2), refiner.shift.weight)).detach()
+        pairs = torch.zeros(width, samples, PADDED)
+        pairs[: len(joined), :, :samples] = joined.reshape(-1, samples, samples).transpose(1, 2)
+        self.pairs = nn.Linear(samples * PADDED, width, bias=False)
+        self.pairs.weight = nn.Parameter(pairs.reshape(width, -1))
+        # Inputs: the map, four times twice the logarithm of its scale, a 1.
+        condition = torch.zeros(width, 16)
+        condition[:hidden, :5] = refiner.condition.weight.detach()
+        condition[:, 4] /= 2
+        condition[:hidden, 8] = (refiner.hidden.bias + refiner.condition.bias).detach()
+        condition[one, 8], condition[self.logits, 8] = 1.0, -1e4
+        condition[self.logits.start : self.logits.start + samples, 8] = refiner.shift.bias.detach()
+        self.condition = _Product(condition)
+        wide = middle.out_features
+        second, final = torch.zeros(wide + 8, width), torch.zeros(2, PADDED + wide + 8)
+        second[:wide, :hidden], second[:wide, one] = middle.weight.detach(), middle.bias.detach()
+        second[wide, one] = 1.0
+        final[:, :samples], final[:, PADDED : PADDED + wide] = refiner.grid.T, last.weight.detach()[:2]
+        final[:, PADDED + wide] = last.bias.detach()[:2]
+        self.middle, self.last = _Product(second), _Product(final[[0, 1, 0, 1]])
         # Steps [4] (two rows, from x and y) times these are the samples' places about the centre, x, y, x, y, ...
         grid = refiner.grid.detach()
         spread = torch.zeros(2, 2, samples, 2)
@@ -95,35 +106,45 @@ class Patch(nn.Module):
         self.register_buffer("spread1", spread.reshape(4, -1), persistent=False)
 
     def forward(
-        self, detail0: Tensor, detail1: Tensor, points0: Tensor, points1: Tensor, affine: Tensor, rounds: int
+        self, detail0: Tensor, detail1: Tensor, at0: Tensor, at1: Tensor, affine: Tensor, area: Tensor, rounds: int
     ) -> Tensor:
-        """detail [1, c, H/2, W/2] of each image, points [K, 2] px, affine [K, 4] row by row. Returns points1 after so
-        many rounds, each from where the last one arrived."""
+        """detail [1, c, H/2, W/2] of each image, at [K, 2] units of GridSample (see `units`), affine [K, 4] row by row,
+        area [K, 4]: its determinant, four times. Returns at1 after so many rounds, each from where the last arrived."""
         dtype = self.middle.weight.dtype
-        a, b, c, d = affine.split(1, 1)
-        area = (a * d - b * c).abs().clamp(min=0.0625).clamp(max=16.0).sqrt()
-        unit = 2 / area.sqrt()
-        condition = torch.cat((affine / area, area.log(), area.new_zeros(len(area), 3)), 1)
-        condition = self.condition(condition.to(dtype))
-        to0, to1 = (_per_pixel(detail) for detail in (detail0, detail1))
-        step = unit * affine * to1.repeat_interleave(2)
-        # Everything below is in the units of GridSample, in which the image ends at -1 and 1.
-        patch0 = _sample(detail0, points0 * to0 + (to0 / 2 - 1), unit * (self.spread0 * to0.repeat(PADDED)))
-        patch0 = patch0.to(dtype)
-        spread, at = step @ self.spread1, points1 * to1 + (to1 / 2 - 1)
+        area = area.abs().clamp(min=0.0625, max=16.0)
+        unit = area**-0.25
+        step = unit * affine
+        one = torch.ones(1, 1, device=at0.device).expand(len(area), 1)
+        condition = self.condition(torch.cat((step * unit, area.log(), F.pad(one, (0, 7))), 1).to(dtype))
+        to0, to1 = (per_pixel(detail) for detail in (detail0, detail1))
+        step = step * (2 * to1).repeat_interleave(2)
+        patch0 = _sample(detail0, at0, unit[:, :1] * (2 * self.spread0 * to0.repeat(PADDED))).to(dtype)
+        spread = step @ self.spread1
         for _ in range(rounds):
-            patch1 = _sample(detail1, at, spread).to(dtype)
+            patch1 = _sample(detail1, at1, spread).to(dtype)
             x = self.pairs((patch1 @ patch0.transpose(1, 2)).flatten(1)) + condition
-            hidden, logits = x.split((self.hidden_width, PADDED), 1)
-            hidden = F.relu(self.middle(F.relu(hidden)))
-            shift = self.last(torch.cat((torch.softmax(logits, 1), hidden), 1)).float()
-            at = at + (step * shift).reshape(-1, 2, 2).sum(2)
-        return (at - (to1 / 2 - 1)) / to1
+            hidden = F.relu(self.middle(F.relu(x)))
+            shift = self.last(torch.cat((torch.softmax(x[:, self.logits], 1), hidden), 1)).float()
+            at1 = at1 + (step * shift).reshape(-1, 2, 2).sum(2)
+        return at1
 
 
-def _per_pixel(detail: Tensor) -> Tensor:
-    """Units of GridSample per pixel of the input, (x, y) [2]; detail has half as many pixels."""
+def per_pixel(detail: Tensor) -> Tensor:
+    """Units of GridSample, in which an image goes from -1 to 1, per pixel of the input, (x, y) [2]; detail has half as
+    many pixels."""
     return 1 / torch.tensor([detail.shape[3], detail.shape[2]], dtype=torch.float32, device=detail.device)
+
+
+def units(points: Tensor, detail: Tensor) -> Tensor:
+    """Pixels (x, y) [K, 2] -> units of GridSample."""
+    scale = per_pixel(detail)
+    return points * scale + (scale / 2 - 1)
+
+
+def pixels(at: Tensor, detail: Tensor) -> Tensor:
+    """The inverse of `units`."""
+    scale = per_pixel(detail)
+    return (at - (scale / 2 - 1)) / scale
 
 
 def _sample(detail: Tensor, centres: Tensor, spread: Tensor) -> Tensor:
@@ -132,16 +153,15 @@ def _sample(detail: Tensor, centres: Tensor, spread: Tensor) -> Tensor:
     return F.grid_sample(detail.float(), at[None], align_corners=False).permute(0, 2, 3, 1).squeeze(0)
 
 
-class _Linear(nn.Module):
-    """A product and a sum: ONNX Runtime's Gemm spreads the bias over the output first, with a slow kernel."""
+class _Product(nn.Module):
+    """x @ weight^T, the weight stored as the product reads it."""
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
-        self.bias = nn.Parameter(bias.clone(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
+        return x @ self.weight
 
 
 def _linear_layers(layers: nn.Sequential) -> list[nn.Linear]:
