@@ -175,6 +175,7 @@ def test_deformable_convolution_is_its_definition() -> None:
         (3, 3, 1, 64, True, 8),
         (3, 3, 1, 54, True, 2),
         (1, 3, 2, 64, True, 8),
+        (1, 4, 2, 64, True, 8),
         (16, 3, 1, 64, False, 4),
         (4, 1, 1, 48, False, 16),
     ],
@@ -182,7 +183,7 @@ def test_deformable_convolution_is_its_definition() -> None:
 def test_stripes_change_no_sum(inputs: int, kernel: int, stride: int, width: int, planes: bool, columns: int) -> None:
     """Also at the borders; the tolerance is a few roundings of sums of 144 products."""
     generator = torch.Generator().manual_seed(0)
-    conv = torch.nn.Conv2d(inputs, 12, kernel, stride, kernel // 2, bias=inputs != 4)
+    conv = torch.nn.Conv2d(inputs, 12, kernel, stride, (kernel - 1) // 2, bias=inputs != 4)
     for parameter in conv.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
     x = torch.randn(2, inputs, 10, width, generator=generator)
