@@ -79,7 +79,7 @@ class Roma(nn.Module):
             # Those of stride 16 go to the Gaussian process and the transformer as well: they stay as they are.
             refiner.bake(None if stride == "16" or refiner.radius is None else self.decoder.proj[stride][0])
             if dtype == torch.float16:
-                refiner.half()
+                refiner.narrow()
         if dtype == torch.float16:
             self.encoder["cnn"].stripe(width)
         self.encoder.to(dtype)

@@ -59,6 +59,14 @@ class ConvRefiner(nn.Module):
             columns = torch.cat((columns, torch.ones_like(columns[:, :1])), 1)
         return F.linear(columns.transpose(1, 2), weight, bias).unflatten(1, displacement.shape[2:])
 
+    def narrow(self) -> ConvRefiner:
+        """Everything in fp16, after `bake`; the head as exact as before."""
+        self.disp_emb.half()
+        self.hidden_blocks.half()
+        assert isinstance(self.out_conv, _Head)
+        self.out_conv.split()
+        return self
+
     @torch.no_grad()
     def bake(self, projection: nn.Conv2d | None = None) -> ConvRefiner:
         """Reshape it for export, when its batch norms are folded; no result changes.
@@ -112,12 +120,6 @@ class ConvRefiner(nn.Module):
         embedding.bias = None
         return self
 
-    def half(self) -> ConvRefiner:
-        """Everything in fp16 but the head."""
-        self.disp_emb.half()
-        self.hidden_blocks.half()
-        return self
-
     def _insert(self, tensor: torch.Tensor, axis: int, count: int) -> torch.Tensor:
         head, tail = tensor.tensor_split([self.inputs], axis)
         shape = list(tensor.shape)
@@ -150,11 +152,25 @@ class _Mix(nn.Module):
 
 
 class _Head(_Mix):
-    """The last one, of both directions to three channels each, in float32: [1, 6, H, W]."""
+    """The last one, of both directions to three channels each: [1, 6, H, W] float32."""
+
+    def split(self) -> _Head:
+        """Compute in fp16 what is as exact as in fp32, and never write in fp32 what is as wide as the input.
+
+        The weights become the sum of two in fp16. Of the product a second one computes what the first was rounded by.
+        """
+        high = self.weight.half()
+        self.weight = _constant(torch.cat((high, (self.weight - high.float()).half())))
+        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = x.permute(0, 2, 3, 1).flatten(1, 2).float()
-        return (self.weight @ tokens.transpose(1, 2)).unflatten(2, x.shape[2:])
+        pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
+        result = self.weight @ pixels.T
+        if result.dtype == torch.float16:
+            rounding = torch.addmm(result, self.weight, pixels.T, alpha=-1)
+            high, low = (result.float() - rounding.float()).chunk(2)
+            result = high + low
+        return result.unflatten(1, x.shape[2:])[None]
 
 
 def _sample(features: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
