@@ -157,14 +157,15 @@ def test_fused_backbone_equals_trained_form(striped: bool) -> None:
         assert (before - after).abs().max() < 1e-5 * before.abs().max()
 
 
-def test_padding_that_is_left_out_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [(224, 448), (448, 224)])
+def test_padding_that_is_left_out_changes_nothing(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """A square of zeros around the image is computed only as far as it can be seen."""
-    images = [image[:, :, :224, :448] for image in gray("eloftr_640x480_mask")]
+    images = [image[:, :, : size[0], : size[1]] for image in gray("eloftr_640x480_mask")]
     results = []
     for seen, margin in ((network.PADDING_SEEN, network.PYRAMID_MARGIN), (10_000, 10_000)):
         monkeypatch.setattr(network, "PADDING_SEEN", seen)
         monkeypatch.setattr(network, "PYRAMID_MARGIN", margin)
-        net = EfficientLoFTR(published(), 64, size=(224, 448), square=True).eval()
+        net = EfficientLoFTR(published(), 64, size=size, square=True).eval()
         with torch.inference_mode():
             results.append(torch.cat([value.reshape(64, -1) for value in net(*images)], 1))
     assert (results[0] - results[1]).abs().max() < 1e-4  # sums in another order at most

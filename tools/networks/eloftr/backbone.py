@@ -57,15 +57,18 @@ class RepVGG(nn.Module):
         self.layer2 = _stage(64, 128, 4, 2)
         self.layer3 = _stage(128, 256, 14, 2)
 
-    def forward(self, image: Tensor, below: int = 0, right: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """below, right: pixels of zeros to be added to the image."""
+    def forward(
+        self, image: Tensor, below: int = 0, right: int = 0, cut: tuple[bool, bool] = (False, False)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """below, right: pixels of zeros to be added to the image. cut: whether they are but the first of many, so that
+        every convolution (fused) leaves out its last row, or column, which would see the others."""
         if isinstance(self.layer0, StripedConv):
             first = F.relu(self.layer0(image, below, right))
         else:
             first = self.layer0(F.pad(image, (0, right, 0, below)))
-        half = self.layer1(first)
-        quarter = self.layer2(half)
-        return half, quarter, self.layer3(quarter)
+        half = _run(self.layer1, first, cut)
+        quarter = _run(self.layer2, half, cut)
+        return half, quarter, _run(self.layer3, quarter, cut)
 
     def fuse(self, striped: bool = False) -> None:
         """Replace every block by its fused form. striped: the first one runs over stripes."""
@@ -91,6 +94,22 @@ def conv_from(weight: Tensor, bias: Tensor | None, stride: int = 1) -> nn.Conv2d
     if bias is not None:
         conv.bias = nn.Parameter(bias.detach().float(), requires_grad=False)
     return conv
+
+
+def _run(stage: nn.Module, x: Tensor, cut: tuple[bool, bool]) -> Tensor:
+    """A stage of the backbone; see RepVGG.forward."""
+    if not any(cut):
+        result: Tensor = stage(x)
+        return result
+    below, right = (0 if left_out else 1 for left_out in cut)
+    assert isinstance(stage, nn.Sequential)
+    for conv, _ in stage:
+        if conv.stride[0] == 1:
+            x = F.conv2d(F.pad(x, (1, right, 1, below)), conv.weight, conv.bias)
+        else:
+            x = conv(x)
+        x = F.relu(x)
+    return x
 
 
 def _conv_bn(channels_in: int, channels: int, size: int, stride: int) -> nn.Sequential:

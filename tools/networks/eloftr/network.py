@@ -121,7 +121,8 @@ class EfficientLoFTR(nn.Module):
             return self.backbone(image)
         side = max(height, width)
         below, right = (min(side - length, PADDING_SEEN) for length in (height, width))
-        half, quarter, eighth = self.backbone(image, below, right)
+        cut = (below < side - height, right < side - width)
+        half, quarter, eighth = self.backbone(image, below, right, cut)
         rows, columns = (
             length // CELL + margin
             for length, margin in zip((height, width), self._margins(height, width), strict=True)
@@ -129,7 +130,7 @@ class EfficientLoFTR(nn.Module):
         return (
             half[:, :, : 4 * rows, : 4 * columns],
             quarter[:, :, : 2 * rows, : 2 * columns],
-            eighth[:, :, : height // CELL, : width // CELL],
+            eighth if any(cut) else eighth[:, :, : height // CELL, : width // CELL],
         )
 
     def _margins(self, height: int, width: int) -> tuple[int, int]:
