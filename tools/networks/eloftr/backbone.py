@@ -102,13 +102,11 @@ def _run(stage: nn.Module, x: Tensor, cut: tuple[bool, bool]) -> Tensor:
         result: Tensor = stage(x)
         return result
     below, right = (0 if left_out else 1 for left_out in cut)
-    assert isinstance(stage, nn.Sequential)
-    for conv, _ in stage:
-        if conv.stride[0] == 1:
-            x = F.conv2d(F.pad(x, (1, right, 1, below)), conv.weight, conv.bias)
-        else:
-            x = conv(x)
-        x = F.relu(x)
+    for block in stage.children():
+        conv = block.get_submodule("0")
+        assert isinstance(conv, nn.Conv2d)
+        same = conv.stride == (1, 1)
+        x = F.relu(F.conv2d(F.pad(x, (1, right, 1, below)), conv.weight, conv.bias) if same else conv(x))
     return x
 
 
