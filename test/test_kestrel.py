@@ -21,7 +21,7 @@ from matchanything_tools.networks.kestrel.affine import local_affine
 from matchanything_tools.networks.kestrel.attending import enlarge
 from matchanything_tools.networks.kestrel.blocks import fuse, upsample
 from matchanything_tools.networks.kestrel.encoder import Encoder, FixedEncoder
-from matchanything_tools.networks.kestrel.matching import KestrelMatcher, dual_softmax
+from matchanything_tools.networks.kestrel.matching import KestrelMatcher, confidence_of, dual_softmax
 from matchanything_tools.networks.kestrel.model import SHARPNESS, Kestrel, similarity
 from matchanything_tools.networks.kestrel.placing import Patch, Window, pixels, units
 from matchanything_tools.networks.kestrel.refine import steps
@@ -79,6 +79,8 @@ def test_the_exported_features_are_the_trained_ones(together: bool) -> None:
     scales = {"descriptors": (SHARPNESS / network.dim) ** 0.5, "queries": 0.25}  # 16 channels
     for name, value in expected._asdict().items():
         found = torch.cat([getattr(each, name) for each in features])
+        if name == "keys":
+            found = network.window.key(found.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         value = value * scales.get(name, 1.0)
         assert (found - value).abs().max() <= 1e-5 * max(1.0, value.abs().max().item()), name
 
@@ -92,11 +94,13 @@ def test_the_exported_stages_place_as_the_trained_ones() -> None:
     def rand(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    queries, keys = rand(70, 16), rand(2, 20, 28, 16)
+    nn.init.normal_(network.window.key.bias, generator=generator)
+    queries, fine = rand(70, 16), rand(2, 20, 28, 16)
     partner = torch.arange(70) % 35  # every cell of image 1, those at its edges too
     with torch.inference_mode():
+        keys = network.window.key(fine.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         expected, _, _ = network.window(queries, keys, 1, partner)
-        found = Window(network.window)(queries / 4, keys.flatten(0, 2), partner, (20, 28), 20 * 28)
+        found = Window(network.window)(queries / 4, fine.flatten(0, 2), partner, (20, 28), 20 * 28)
         assert torch.allclose(found, expected, atol=1e-4)  # px
 
         detail0, detail1 = (F.normalize(rand(1, 32, *size)) for size in ((20, 28), (24, 16)))
@@ -121,7 +125,8 @@ def test_dual_softmax_is_the_textbook_formula(sharp: float, separate: bool) -> N
     chance = [torch.randn(1, 4, 8, generator=generator) for _ in range(2)]
     scaled = [m * (SHARPNESS / 32) ** 0.5 for m in maps]  # as the encoder hands them out
     batches = (scaled, chance) if separate else ([torch.cat(scaled)], [torch.cat(chance)])
-    confidence, partner = dual_softmax(*batches)
+    logarithm, partner = dual_softmax(*batches)
+    confidence = confidence_of(logarithm)
     logits = similarity(*maps)[0].double()
     expected = logits.softmax(1) * logits.softmax(0)
     expected = expected * chance[0].double().sigmoid().reshape(-1, 1) * chance[1].double().sigmoid().reshape(1, -1)

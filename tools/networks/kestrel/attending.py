@@ -21,16 +21,17 @@ class Grid(NamedTuple):
     """Constants for maps [B, H, W, C] whose size is known when the graph is made.
 
     upsampling [B, H W / 16, H W]: `enlarge` of [B, H W / 16, C] as one product with it, transposed. sums
-    [B H / 4, W / 4, 4 W]: of each block of four rows. table: see `table`.
+    [B H / 4, W / 4, 4 W]: of each block of four rows. turns: cosines and sines [B, H W / 16, 2 C] and the matrix that
+    adds the two halves [2 C, C].
     """
 
     upsampling: Tensor
     sums: Tensor
-    table: Table
+    turns: Table
 
     @classmethod
     def of(cls, x: Tensor) -> Grid:
-        batch, height, width, _ = x.shape
+        batch, height, width, dim = x.shape
         rows, columns = (
             interpolation(length // BLOCK, BLOCK, torch.empty(0, device=x.device)).T for length in (height, width)
         )
@@ -40,7 +41,7 @@ class Grid(NamedTuple):
         return cls(
             upsampling.to(x.dtype).expand(batch, -1, -1),
             sums.to(x.dtype).expand(batch * height // BLOCK, -1, -1),
-            table(x),
+            (torch.cat(table(x), 1).expand(batch, -1, -1), torch.eye(dim, dtype=x.dtype, device=x.device).repeat(2, 1)),
         )
 
 
@@ -81,7 +82,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, maxima: Tensor, table: Table | None = None, grid: Grid | None = None) -> Tensor:
         """x [B, H, W, C] attends to the image that `maxima` comes from; table: for self attention, see `table` or, for
-        fixed sizes, `grid`."""
+        fixed sizes, Grid.turns."""
         height, width, dim = x.shape[1:]
         query = self.norm(self.pooled(x, grid), self.norm_in)
         query, key, value = self.projections(query, self.norm(maxima, self.norm_in), table)
@@ -125,12 +126,10 @@ class FixedAttention(Attention):
     to_value: Tensor
 
     def keep_projections(self, query: Tensor, key: Tensor, value: Tensor, turns: bool) -> None:
-        if turns:
-            super().keep_projections(query, key, value, turns)
-        else:  # each by itself: to take a product apart again takes longer than one more product
-            self.keep("to_query", query.T)
-            self.keep("to_key", key.T)
-            self.keep("to_value", value.T)
+        # Each by itself: to take a product apart again takes longer than one more product.
+        self.keep("to_query", torch.cat((query, rotated(query))).T if turns else query.T)
+        self.keep("to_key", torch.cat((key, rotated(key))).T if turns else key.T)
+        self.keep("to_value", value.T)
 
     def maxima(self, source: Tensor) -> Tensor:
         return F.max_pool2d(source.permute(0, 3, 1, 2), BLOCK).permute(0, 2, 3, 1).flatten(1, 2)
@@ -147,9 +146,11 @@ class FixedAttention(Attention):
         return (grid.sums @ rows).reshape(batch, -1, dim)
 
     def projections(self, query: Tensor, source: Tensor, table: Table | None) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = query @ self.to_query, source @ self.to_key, source @ self.to_value
         if table is not None:
-            return super().projections(query, source, table)
-        return query @ self.to_query, source @ self.to_key, source @ self.to_value
+            factors, sums = table
+            query, key = (query * factors) @ sums, (key * factors) @ sums
+        return query, key, value
 
     def enlarged(self, message: Tensor, height: int, width: int, grid: Grid | None) -> Tensor:
         assert grid is not None

@@ -18,14 +18,12 @@ from matchanything_tools.networks.kestrel.model import SHARPNESS, Features, Kest
 from matchanything_tools.networks.products import transposed_matmul
 from matchanything_tools.networks.stripes import StripedConv
 
-STRIPE, PAIR = 8, 2  # columns that are channels of the first and of the second convolution
-
 
 class Encoder(nn.Module):
     """Images [B, 1, H, W] in [0, 1] -> Features of each; takes over the layers of a network whose blocks are fused.
 
     Descriptors come multiplied by the square root of the sharpness over their length, so that their products are the
-    logits; queries by the square root of theirs.
+    logits; queries by the square root of theirs. In the place of the keys is the map that they are a layer of.
     """
 
     query_context: Tensor
@@ -66,7 +64,7 @@ class Encoder(nn.Module):
         return Features(
             self.descriptor(tokens),
             self.network.matchable(tokens).squeeze(-1),
-            self.network.window.key(fine).permute(0, 2, 3, 1),
+            fine.permute(0, 2, 3, 1),
             self.query_detail(fine).permute(0, 2, 3, 1) + tokens @ self.query_context,
             _normalised(self.network.patch.project(fine)),
         )
@@ -90,10 +88,7 @@ class FixedEncoder(Encoder):
 
     def __init__(self, network: Kestrel) -> None:
         super().__init__(network)
-        self.stem, self.second = (
-            StripedConv(network.stage1[0][0], STRIPE, planes=True),
-            StripedConv(network.stage1[1][0], PAIR),
-        )  # type: ignore[index]
+        self.second = StripedConv(network.stage1[1][0], 2)  # type: ignore[index]
         lateral3, lateral2, lateral1 = network.lateral3, network.lateral2, network.lateral1
         self.lateral3 = _with_bias(lateral3, lateral3.bias + lateral2.bias)  # type: ignore[operator]
         self.merge2 = _with_bias(network.merge2[0], network.merge2[0].bias + lateral1.bias)  # type: ignore[index,operator]
@@ -112,14 +107,14 @@ class FixedEncoder(Encoder):
         x = x3.permute(0, 2, 3, 1)
         grid = Grid.of(x)
         for self_layer, cross_layer in zip(self.self_layers, self.cross_layers, strict=True):
-            x = self_layer(x, self_layer.maxima(x), grid.table, grid)
+            x = self_layer(x, self_layer.maxima(x), grid.turns, grid)
             exchanged = cross_layer.maxima(x).index_select(0, torch.tensor([1, 0], device=x.device))
             x = cross_layer(x, exchanged, None, grid)
         return [self.heads(x1, x2, x)]
 
     def pyramid(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As Kestrel.pyramid, with neighbouring columns as channels of the first two convolutions."""
-        x1 = F.relu(self.second(F.relu(self.stem(self.network.standardised(images)))))
+        """As Kestrel.pyramid, with pairs of columns as channels of the second convolution."""
+        x1 = F.relu(self.second(self.network.stage1[0](self.network.standardised(images))))
         x2 = self.network.stage2(x1)
         return x1, x2, self.network.stage3(x2)
 

@@ -16,6 +16,7 @@ from matchanything_tools.networks.topk import topk
 # Exponents of what exponentials and weights are multiplied by, so that fp16 holds both down to e^-14 or so, which they
 # reach where matches are worth it, and their sums up to 20, above which no share reaches the score threshold.
 LIFT, WEIGHT_LIFT = 3.0, 5.0
+NEVER = -1e4  # the logarithm of no confidence at all
 
 
 class KestrelMatcher(nn.Module):
@@ -44,16 +45,20 @@ class KestrelMatcher(nn.Module):
         features = self.encoder([torch.cat((image0, image1))] if together else [image0, image1])
         first, second, last = features[0], features[-1], len(features[-1].keys) - 1
         shape0, shape1 = first.matchable.shape[1:], second.matchable.shape[1:]
-        confidence, partner = dual_softmax(
+        logarithm, partner = dual_softmax(
             [each.descriptors for each in features], [each.matchable for each in features]
         )
         centres0 = cell_centres(shape0[0], shape0[1], image0.device)
         centres1 = cell_centres(shape1[0], shape1[1], image0.device)
+        confidence = confidence_of(logarithm)
+        # The logarithms' order is the same, and a TopK of fp16 takes less time.
         if not together or confidence.shape[0] < self.max_matches:  # fewer cells than there are rows to fill
-            scores, cells = topk(F.pad(confidence, (0, self.max_matches)), self.max_matches)
+            highest, cells = topk(F.pad(logarithm, (0, self.max_matches), value=NEVER), self.max_matches)
+            scores = confidence_of(highest)
             cells = torch.where(scores > 0, cells, torch.zeros_like(cells))
         else:
-            scores, cells = topk(confidence, self.max_matches)
+            _, cells = topk(logarithm, self.max_matches)
+            scores = confidence.index_select(0, cells)
         affine, area = local_affine(shape1, partner, confidence, shape0, cells, scores[:1])
         chosen = partner.index_select(0, cells)
         height, width = second.keys.shape[1:3]
@@ -68,7 +73,8 @@ class KestrelMatcher(nn.Module):
 
 
 def dual_softmax(descriptors: list[Tensor], matchable: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Confidence [h0 * w0] of every cell of image 0 in its partner [h0 * w0] of image 1; 0 unless mutual.
+    """Half the logarithm of the confidence [h0 * w0] of every cell of image 0 in its partner [h0 * w0] of image 1, see
+    `confidence_of`; NEVER unless mutual.
 
     descriptors [B, h, w, d], whose products are the logits; matchable [B, h, w] logits; one batch of two images, or two
     of one. Softmax over rows times softmax over columns (Rocco et al. 2018) times both matchabilities.
@@ -83,7 +89,7 @@ def dual_softmax(descriptors: list[Tensor], matchable: list[Tensor]) -> tuple[Te
     flat = [x.flatten(1, 2) for x in descriptors]
     dtype = flat[0].dtype
     halves = [(x * x) @ torch.full((x.shape[2], 1), -0.5, dtype=dtype) for x in flat]
-    above = [half.amin(1, keepdim=True) + WEIGHT_LIFT - half for half in halves]
+    above = [half.amin((0, 1), keepdim=True) + WEIGHT_LIFT - half for half in halves]
     weights = [torch.exp(each) for each in above]
     exponential = torch.exp(_product(flat, halves, LIFT, None))
     rows = exponential @ weights[-1][-1]
@@ -113,8 +119,12 @@ def dual_softmax(descriptors: list[Tensor], matchable: list[Tensor]) -> tuple[Te
         partner, best = row * width1 + chosen.argmax(1), chosen.amax(1)
         highest = logarithm.reshape(height0, width0, -1).amax(1).amax(0)
     mutual = best >= highest.index_select(0, partner)
-    confidence = torch.exp(2 * best.float()).clamp(max=1.0)
-    return torch.where(mutual, confidence, torch.zeros_like(confidence)), partner
+    return torch.where(mutual, best, torch.full_like(best, NEVER)), partner
+
+
+def confidence_of(logarithm: Tensor) -> Tensor:
+    """Confidences, in fp32, of what `dual_softmax` returns."""
+    return torch.exp(2 * logarithm.float()).clamp(max=1.0)
 
 
 def _product(flat: list[Tensor], summands: list[Tensor], constant: float, shares: list[Tensor] | None) -> Tensor:

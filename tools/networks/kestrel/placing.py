@@ -12,39 +12,55 @@ PADDED = PATCH * PATCH // 8 * 8 + 8  # samples of a patch, filled up to a multip
 
 
 class Window(nn.Module):
-    """WindowRefiner for queries that are already multiplied by the scale of the product, with keys of a whole map."""
+    """WindowRefiner for queries that are already multiplied by the scale of the product.
+
+    Keys are a linear layer of the map that they are looked up in: it is applied to the queries instead, and to what the
+    weights make of the map; where its bias counts only inside the map, the sum of the weights there carries it.
+    """
 
     def __init__(self, refiner: WindowRefiner) -> None:
         super().__init__()
         scale = refiner.key.out_channels**-0.5
         first, second, last = _linear_layers(refiner.offset)
-        samples, hidden = WINDOW * WINDOW, first.out_features
+        samples, hidden, key = WINDOW * WINDOW, first.out_features, refiner.key
+        matrix, bias = key.weight.detach().flatten(1), key.bias.detach()  # type: ignore[union-attr]
+        self.to_map, self.to_bias = _Product(matrix.T), _Product(bias[None])
         # Beside the hidden channels go the expected position, by its positive and negative part, and a 1, by which
         # biases are rows of the weights: an addition less. Everything is a multiple of 8 wide, see PADDED.
         x, y, one, width = hidden, hidden + 2, hidden + 4, hidden + 8
-        inputs = first.in_features
-        self.filled = -inputs % 8 or 8
-        a, b, c = torch.zeros(width, inputs + self.filled), torch.zeros(width, width), torch.zeros(2, width)
-        a[:hidden, :inputs], a[:hidden, inputs], a[one, inputs] = first.weight.detach(), first.bias.detach(), 1.0
-        a[:hidden, samples : samples + refiner.key.out_channels] /= scale
+        of_weight, of_query, of_expected = first.weight.detach().split((samples, *[key.out_channels] * 2), 1)
+        inputs = torch.cat(
+            (
+                of_weight,
+                (of_expected @ bias[:, None]).expand(-1, samples),
+                of_query / scale,
+                of_expected @ matrix,
+                first.bias.detach()[:, None],
+            ),
+            1,
+        )
+        self.filled = -inputs.shape[1] % 8
+        a, b, c = torch.zeros(width, inputs.shape[1] + self.filled), torch.zeros(width, width), torch.zeros(2, width)
+        a[:hidden, : inputs.shape[1]], a[one, inputs.shape[1] - 1] = inputs, 1.0
         a[x:y, :samples], a[y:one, :samples] = refiner.grid.T, -refiner.grid.T
         b[:hidden, :hidden], b[hidden:, hidden:] = second.weight.detach(), torch.eye(8)
         b[:hidden, one], c[:, one] = second.bias.detach(), last.bias.detach()[:2]
         c[:, :hidden], c[:, x:y], c[:, y:one] = last.weight.detach()[:2], torch.eye(2), -torch.eye(2)
         self.first, self.second, self.last = _Product(a), _Product(b), _Product(c)
 
-    def forward(self, queries: Tensor, keys: Tensor, partner: Tensor, shape: tuple[int, int], start: int) -> Tensor:
-        """queries [K, c], keys [rows, c] of which image 1's, of height and width `shape`, begin at `start`; partner
+    def forward(self, queries: Tensor, fine: Tensor, partner: Tensor, shape: tuple[int, int], start: int) -> Tensor:
+        """queries [K, c], fine [rows, c] of which image 1's, of height and width `shape`, begin at `start`; partner
         [K]: cells of image 1. Returns offsets [K, 2] in px from the partner's centre."""
-        place, inside = _windows(*shape, keys)
-        window = keys.index_select(0, (place + start).index_select(0, partner).reshape(-1))
-        window = window.reshape(-1, WINDOW * WINDOW, keys.shape[1])
+        place, inside = _windows(*shape, fine)
+        window = fine.index_select(0, (place + start).index_select(0, partner).reshape(-1))
+        window = window.reshape(-1, WINDOW * WINDOW, fine.shape[1])
         inside = inside.index_select(0, partner)
-        logits = (window @ queries[:, :, None]).flatten(1) * inside
-        weight = torch.softmax(logits, -1)
-        expected = ((weight * inside)[:, None] @ window).flatten(1)
-        one = weight.new_ones(1).expand(len(weight), 1)
-        x = torch.cat((weight, queries, expected, F.pad(one, (0, self.filled - 1))), 1)
+        logits = (window @ self.to_map(queries)[:, :, None]).flatten(1) + self.to_bias(queries)
+        weight = torch.softmax(logits * inside, -1)
+        seen = weight * inside
+        expected = (seen[:, None] @ window).flatten(1)
+        one = F.pad(weight.new_ones(1), (0, self.filled)).expand(len(weight), -1)
+        x = torch.cat((weight, seen, queries, expected, one), 1)
         return self.last(F.relu(self.second(F.relu(self.first(x))))).float()
 
 
@@ -73,13 +89,13 @@ class Patch(nn.Module):
         super().__init__()
         samples, hidden = PATCH * PATCH, refiner.hidden.out_features
         middle, last = _linear_layers(refiner.out)
-        # Columns: the hidden layer, a 1, by which biases are rows of the weights, the logits of the shifts, and such of
-        # no weight. Rows: sample 1, then sample 0.
-        one, width = hidden, hidden + 8 + PADDED
-        self.logits = slice(hidden + 8, width)
-        joined = torch.cat((refiner.hidden.weight, torch.zeros(8, samples**2), refiner.shift.weight)).detach()
+        # Columns: the hidden layer, a 1, by which biases are rows of the weights, zeros, and the logits of the shifts.
+        # Rows: sample 1, then sample 0.
+        one, width = hidden, hidden + PADDED
+        self.logits = slice(width - samples, width)
         pairs = torch.zeros(width, samples, PADDED)
-        pairs[: len(joined), :, :samples] = joined.reshape(-1, samples, samples).transpose(1, 2)
+        for rows, layer in ((slice(0, hidden), refiner.hidden), (self.logits, refiner.shift)):
+            pairs[rows, :, :samples] = layer.weight.detach().reshape(-1, samples, samples).transpose(1, 2)
         self.pairs = nn.Linear(samples * PADDED, width, bias=False)
         self.pairs.weight = nn.Parameter(pairs.reshape(width, -1))
         # Inputs: the map, four times twice the logarithm of its scale, a 1.
@@ -87,15 +103,13 @@ class Patch(nn.Module):
         condition[:hidden, :5] = refiner.condition.weight.detach()
         condition[:, 4] /= 2
         condition[:hidden, 8] = (refiner.hidden.bias + refiner.condition.bias).detach()
-        condition[one, 8], condition[self.logits, 8] = 1.0, -1e4
-        condition[self.logits.start : self.logits.start + samples, 8] = refiner.shift.bias.detach()
+        condition[one, 8], condition[self.logits, 8] = 1.0, refiner.shift.bias.detach()
         self.condition = _Product(condition)
-        wide = middle.out_features
-        second, final = torch.zeros(wide + 8, width), torch.zeros(2, PADDED + wide + 8)
-        second[:wide, :hidden], second[:wide, one] = middle.weight.detach(), middle.bias.detach()
-        second[wide, one] = 1.0
-        final[:, :samples], final[:, PADDED : PADDED + wide] = refiner.grid.T, last.weight.detach()[:2]
-        final[:, PADDED + wide] = last.bias.detach()[:2]
+        second = torch.zeros(middle.out_features, width)
+        second[:, :hidden], second[:, one] = middle.weight.detach(), middle.bias.detach()
+        # Probabilities add up to 1: their weights take the bias. What they are filled up with has none.
+        probability = refiner.grid.T + last.bias.detach()[:2, None]
+        final = torch.cat((probability, torch.zeros(2, PADDED - samples), last.weight.detach()[:2]), 1)
         self.middle, self.last = _Product(second), _Product(final[[0, 1, 0, 1]])
         # Steps [4] (two rows, from x and y) times these are the samples' places about the centre, x, y, x, y, ...
         grid = refiner.grid.detach()
@@ -119,12 +133,12 @@ class Patch(nn.Module):
         to0, to1 = (per_pixel(detail) for detail in (detail0, detail1))
         step = step * (2 * to1).repeat_interleave(2)
         patch0 = _sample(detail0, at0, unit[:, :1] * (2 * self.spread0 * to0.repeat(PADDED))).to(dtype)
-        spread = step @ self.spread1
+        spread, filled = step @ self.spread1, patch0.new_zeros(len(area), PADDED - PATCH * PATCH)
         for _ in range(rounds):
             patch1 = _sample(detail1, at1, spread).to(dtype)
             x = self.pairs((patch1 @ patch0.transpose(1, 2)).flatten(1)) + condition
             hidden = F.relu(self.middle(F.relu(x)))
-            shift = self.last(torch.cat((torch.softmax(x[:, self.logits], 1), hidden), 1)).float()
+            shift = self.last(torch.cat((torch.softmax(x[:, self.logits], 1), filled, hidden), 1)).float()
             at1 = at1 + (step * shift).reshape(-1, 2, 2).sum(2)
         return at1
 
