@@ -23,13 +23,16 @@ class StripedConv(nn.Conv2d):
         planes: the input comes in channels-first memory."""
         assert isinstance(conv, nn.Conv2d) and conv.groups == 1 and columns % conv.stride[0] == 0
         kernel, stride = conv.kernel_size[0], conv.stride[0]
-        across, surplus = columns // stride, -columns * conv.in_channels % 8
+        # Colours get a fourth, empty plane: 32 channels are a third faster than 24 (measured with 864 x 864 pixels).
+        colours = planes and conv.in_channels == 3
+        across, surplus = columns // stride, columns if colours else -columns * conv.in_channels % 8
         inputs, outputs = columns * conv.in_channels + surplus, across * conv.out_channels
         above, before = (int(padding) for padding in conv.padding)
         beside = int(kernel > 1)  # a stripe on either side
         size = (kernel, 2 * beside + 1)
         super().__init__(inputs, outputs, size, (stride, 1), (above, beside), bias=conv.bias is not None)
         self.columns, self.planes, self.across, self.surplus = columns, planes, across, surplus
+        self.colours = colours
         weights = []
         for column in range(0, columns, stride):
             left = beside * columns + column - before
@@ -45,13 +48,15 @@ class StripedConv(nn.Conv2d):
         """[B, I, H, W], below and on the right padded with zeros to [B, I, H', W'] -> [B, O, H' / s, W' / s]."""
         batch, channels, height, width = x.shape
         count = width // self.columns
+        if self.colours:
+            x = torch.cat((x, torch.zeros_like(x[:, :1])), 1)
         if self.planes and channels > 1:
-            x = x.reshape(batch, channels, height, count, self.columns).permute(0, 2, 3, 1, 4).flatten(3)
+            x = x.reshape(batch, -1, height, count, self.columns).permute(0, 2, 3, 1, 4).flatten(3)
         elif self.planes:
             x = x.reshape(batch, height, count, self.columns)
         else:
             x = x.permute(0, 2, 3, 1).reshape(batch, height, count, -1)
-        if self.surplus:
+        if self.surplus and not self.colours:
             x = F.pad(x, (0, self.surplus))
         x = x.permute(0, 3, 1, 2)
         if below or right:

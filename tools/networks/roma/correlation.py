@@ -7,27 +7,29 @@ picked from the products of all pairs of cells, which serve both directions: row
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
 
-BAND_BYTES = 288 << 20  # the products of all pairs are made for bands of rows of image 0, of at most this size each
+BAND_BYTES = 480 << 20  # the products of all pairs are made for bands of rows of image 0, of at most this size each
 
 
-def local_correlation(features: torch.Tensor, flow: torch.Tensor, radius: int) -> torch.Tensor:
+def local_correlation(features: Iterable[torch.Tensor], flow: torch.Tensor, radius: int) -> torch.Tensor:
     """x . y(flow + offset) for offsets -radius..radius in both directions, offsets row by row.
 
-    features: [2, H, W, C], of image 0 and image 1; flow: normalised targets [2, 2, H, W] (x, y), float32: element 0
+    features: [.., H, W, C] of image 0 and of image 1; flow: normalised targets [2, 2, H, W] (x, y), float32: element 0
     leads from image 0 to image 1. Outside the map y is zero. Returns [2, H, W, (2 radius + 1)^2] as type of features.
     """
-    _, height, width, _ = features.shape
+    height, width = flow.shape[2:]
+    left, right = (x.reshape(height * width, -1) for x in features)
     cells, inside, fraction = _window(flow, radius)
-    dots = _dots(features, cells).float()
+    dots = _dots(left, right, cells, height, width).float()
     dots = dots * (inside[:, 1, :, :, None] * inside[:, 0, :, None, :])
     fraction_x, fraction_y = fraction[:, 0, :, None], fraction[:, 1, :, None]
     dots = dots[:, :, :-1] + fraction_y[..., None] * (dots[:, :, 1:] - dots[:, :, :-1])
     dots = dots[..., :-1] + fraction_x[..., None] * (dots[..., 1:] - dots[..., :-1])
-    return dots.to(features.dtype).reshape(2, height, width, -1)
+    return dots.to(left.dtype).reshape(2, height, width, -1)
 
 
 def _window(flow: torch.Tensor, radius: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -41,19 +43,17 @@ def _window(flow: torch.Tensor, radius: int) -> tuple[torch.Tensor, torch.Tensor
     return within, (within == cells).float(), position - first
 
 
-def _dots(features: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+def _dots(left: torch.Tensor, right: torch.Tensor, cells: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Products of every cell with those of its window in the other image: [2, HW, 2r+2, 2r+2] (rows, columns)."""
-    _, height, width, _ = features.shape
     count = height * width
     stride = -(-count // 8) * 8  # matrix units want it
-    left, right = features.flatten(1, 2).unbind(0)
     if stride > count:
         right = torch.cat((right, right.new_zeros(stride - count, right.shape[1])))
     column = cells[:, 0].to(torch.int32)[:, :, None, :]
     row0, row1 = cells[0, 1], cells[1, 1]
     target0 = (row0.to(torch.int32) * width)[..., None] + column[0]  # cell of image 1 for each of image 0
     target1 = column[1] * stride + torch.arange(count, dtype=torch.int32)[:, None, None]
-    edges = _bands(height, width * stride * features.element_size())
+    edges = _bands(height, width * stride * left.element_size())
     forward, backward = [], []
     after: torch.Tensor | None = None
     for start, end in pairwise(edges):

@@ -17,13 +17,13 @@ from matchanything_tools.networks.dinov2 import PATCH, DinoV2
 from matchanything_tools.networks.roma.embedding_decoder import EmbeddingDecoder, decode_anchors
 from matchanything_tools.networks.roma.gaussian_process import GaussianProcess
 from matchanything_tools.networks.roma.grids import pixel_grid
-from matchanything_tools.networks.roma.refiner import FEATURES, ConvRefiner
+from matchanything_tools.networks.roma.refiner import FEATURES, ConvRefiner, Pair
 from matchanything_tools.networks.vgg import VGG19
 
 ENCODED = {16: 1024, 8: 512, 4: 256, 2: 128, 1: 64}  # channels of the encoders by stride; "16" is the patch of 14
 ATTENUATION = 0.5
 
-Features = dict[int, torch.Tensor]  # by stride [2, H, W, C]
+Features = dict[int, Pair]  # by stride, each [1, H, W, C]
 State = tuple[int, torch.Tensor, torch.Tensor]  # stride, flow [2, 2, h, w], certainty logit [2, 1, h, w]
 
 
@@ -112,19 +112,21 @@ class Roma(nn.Module):
     def first_pass(self, images: torch.Tensor) -> Iterator[State]:
         """Global matching on ViT tokens, then the refiners from stride 16 to `finest`; yields after each of them."""
         height, width = images.shape[2] // PATCH, images.shape[3] // PATCH
-        features = self._fine_features(images)
         tokens = self._project_tokens(images)
         flow, certainty = self.match_globally(tokens, height, width)
-        features[16] = tokens.unflatten(1, (height, width))
+        maps = {**self._fine_features(images), 16: tokens.unflatten(1, (height, width))}
+        features: Features = {stride: x.split(1) for stride, x in maps.items()}
         yield from self._refine(features, flow, certainty, (16, 8, 4, 2, 1), images.shape[2:], 1.0)
 
     def second_pass(
-        self, images: torch.Tensor, flow: torch.Tensor, certainty: torch.Tensor, first: torch.Size
+        self, images: torch.Tensor, flow: torch.Tensor, certainty: torch.Tensor, before: torch.Size
     ) -> Iterator[State]:
         """The refiners from stride 8 again, on larger images, starting from the result of the first pass."""
         height, width = images.shape[2:]
-        zoom = ((height * width) / (first[0] * first[1])) ** 0.5
-        features = self._fine_features(images)
+        zoom = ((height * width) / (before[0] * before[1])) ** 0.5
+        # One image after the other: large enough by themselves, and what needs each apart need not copy.
+        first, second = (self._fine_features(image) for image in images.split(1))
+        features: Features = {stride: (x, second[stride]) for stride, x in first.items()}
         yield from self._refine(features, flow, certainty, (8, 4, 2, 1), (height, width), zoom)
 
     def match_globally(self, tokens: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,9 +144,10 @@ class Roma(nn.Module):
             return F.linear(tokens, projection[0].weight[:, :, 0, 0], projection[0].bias)
         return projection(self.dinov2(images).transpose(1, 2)[..., None])[..., 0].transpose(1, 2)
 
-    def _fine_features(self, images: torch.Tensor) -> Features:
+    def _fine_features(self, images: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Of images [B, 3, H, W] by stride: [B, h, w, C]."""
         encoder = self.encoder["cnn"]
-        features: Features = encoder(images.to(encoder.layers[0].weight.dtype))
+        features: dict[int, torch.Tensor] = encoder(images.to(encoder.layers[0].weight.dtype))
         return {
             stride: self.decoder.proj[str(stride)](x).permute(0, 2, 3, 1)
             for stride, x in features.items()
@@ -164,10 +167,10 @@ class Roma(nn.Module):
         for stride in strides:
             if stride < self.finest:
                 return
-            x = features[stride]
-            if state.shape[2:] != x.shape[1:3]:
-                state = _resize(state, x.shape[1:3])
-            delta = self.decoder.conv_refiner[str(stride)](x, state[:, :2], zoom)
+            size = features[stride][0].shape[1:3]
+            if state.shape[2:] != size:
+                state = _resize(state, size)
+            delta = self.decoder.conv_refiner[str(stride)](features[stride], state[:, :2], zoom)
             # A correction of the flow is counted in quarters of a full-resolution pixel, times the stride.
             step = torch.tensor([stride / (4 * image[1]), stride / (4 * image[0]), 1.0]).view(1, 3, 1, 1)
             state = state + step * delta

@@ -14,9 +14,11 @@ EMBEDDING = {16: 128, 8: 64, 4: 32, 2: 16, 1: 6}  # channels of the embedded dis
 RADIUS = {16: 7, 8: 3, 4: 2}  # of the local correlation, where there is one
 HIDDEN_BLOCKS = 8
 
+Pair = tuple[torch.Tensor, ...]  # one of image 0 and one of image 1
+
 
 class ConvRefiner(nn.Module):
-    """Features of both images [2, H, W, C] and flow [2, 2, H, W] -> raw correction [2, 3, H, W] of flow and certainty.
+    """Features [1, H, W, C] of each image and flow [2, 2, H, W] -> raw correction [2, 3, H, W] of flow and certainty.
 
     Where there is a correlation, it needs features times `gain`: their products are then divided by sqrt(C).
     """
@@ -32,17 +34,16 @@ class ConvRefiner(nn.Module):
         self.hidden_blocks = nn.Sequential(*(_block(width) for _ in range(HIDDEN_BLOCKS)))
         self.out_conv: nn.Module = nn.Conv2d(width, 3, 1)
 
-    def forward(self, features: torch.Tensor, flow: torch.Tensor, zoom: float) -> torch.Tensor:
+    def forward(self, features: Pair, flow: torch.Tensor, zoom: float) -> torch.Tensor:
         """zoom: size of this pass over the size of the first."""
-        displacement = ((40 / 32 * zoom) * (flow - pixel_grid(*flow.shape[2:]))).to(features.dtype)
-        own = features.split(1)
+        displacement = ((40 / 32 * zoom) * (flow - pixel_grid(*flow.shape[2:]))).to(features[0].dtype)
         grids = torch.stack((flow[:, 0], flow[:, 1]), 3).split(1)  # not permuted, for which ONNX Runtime takes longer
         parts = [
             [x, _sample(y, grid), self._embed(at)]
-            for x, y, grid, at in zip(own, own[::-1], grids, displacement.split(1), strict=True)
+            for x, y, grid, at in zip(features, features[::-1], grids, displacement.split(1), strict=True)
         ]
         if self.radius is not None:
-            scaled = features if self.gain == 1 else features * self.gain
+            scaled = features if self.gain == 1 else [x * self.gain for x in features]
             for part, correlation in zip(parts, local_correlation(scaled, flow, self.radius).split(1), strict=True):
                 part.append(correlation)
         if isinstance(self.out_conv, _Head):
@@ -159,17 +160,19 @@ class _Head(_Mix):
 
         The weights become the sum of two in fp16. Of the product a second one computes what the first was rounded by.
         """
-        high = self.weight.half()
-        self.weight = _constant(torch.cat((high, (self.weight - high.float()).half())))
+        weight = self.weight
+        self.weight = _constant(weight.half())
+        self.rest = _constant((weight - self.weight.float()).half())
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
-        result = self.weight @ pixels.T
-        if result.dtype == torch.float16:
+        if self.weight.dtype == torch.float16:
+            result, low = (torch.cat((self.weight, self.rest)) @ pixels.T).chunk(2)
             rounding = torch.addmm(result, self.weight, pixels.T, alpha=-1)
-            high, low = (result.float() - rounding.float()).chunk(2)
-            result = high + low
+            result = result.float() - (rounding - low).float()
+        else:
+            result = self.weight @ pixels.T
         return result.unflatten(1, x.shape[2:])[None]
 
 

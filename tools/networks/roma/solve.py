@@ -14,13 +14,14 @@ import torch
 
 
 def solve_spd(
-    matrix: torch.Tensor, right: torch.Tensor, smallest: float, largest_diagonal: float, block: int = 400
+    matrix: torch.Tensor, right: torch.Tensor, smallest: float, largest_diagonal: float, block: int = 350
 ) -> torch.Tensor:
     """X [B, N, R] with matrix X = right, matrix [B, N, N] symmetric positive definite, right [B or 1, N, R]; float32.
 
     smallest: a lower bound of the eigenvalues; every Schur complement has it too.
     largest_diagonal: an upper bound of the diagonal, which bounds the eigenvalues of a block of side b by b times that.
     One step of iterative refinement (with the same factors) follows the elimination.
+    block: the largest side of a block; on an H200 a product of 320 takes 10.5 us, one of 400 already 15.6.
     """
     size = matrix.shape[1]
     count = math.ceil(size / block)
