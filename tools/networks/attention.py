@@ -18,6 +18,7 @@ from onnxscript.values import Opset
 from torch import nn
 
 from matchanything_tools.networks.products import DOMAIN, FusedMatMul
+from matchanything_tools.networks.rotary import RotaryEmbedding
 
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -142,7 +143,7 @@ def SkipLayerNormalization(input, skip, gamma, beta, bias, epsilon: float):  # t
 def add_function_bodies(model: onnx_ir.Model) -> None:
     """Give the nodes of an exported model that are ONNX Runtime's own their bodies in standard operators."""
     outputs = {node.op_type: len(node.outputs) for node in model.graph if node.domain == DOMAIN}
-    for body in (MultiHeadAttention, SkipLayerNormalization, FusedMatMul):
+    for body in (MultiHeadAttention, SkipLayerNormalization, FusedMatMul, RotaryEmbedding):
         if body.name in outputs:
             function = onnx_ir.from_proto(body.to_function_proto())
             assert isinstance(function, onnx_ir.Function)

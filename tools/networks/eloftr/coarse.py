@@ -58,16 +58,19 @@ def make_cells(rows: int, columns: int, stride: int, first: int, device: torch.d
 
 
 def confidences(features0: Tensor, features1: Tensor, cells0: Tensor, cells1: Tensor) -> tuple[Tensor, Tensor]:
-    """Two softmaxes of the similarities of all cells, [N0, C] and [N1, C], in their precision, each for some of them:
-    over image 1 [M0, N1] for cells0 [M0] of image 0, over image 0 [M1, N0] for cells1 [M1] of image 1.
+    """Logarithms of two softmaxes of the similarities of all cells, [N0, C] and [N1, C], in their precision, each for
+    some of them: over image 1 [M0, N1] for cells0 [M0] of image 0, over image 0 [M1, N0] for cells1 [M1] of image 1.
 
-    The confidence of a pair is their product. The similarities are computed twice, because a second product costs less
-    than to transpose the largest matrix of the network.
+    The confidence of a pair is the exponential of their sum. Of few pairs it is taken, and a logarithm is cheaper for a
+    GPU than an exponential and a quotient that, where it is far below the others, is not a normal number.
+    The similarities are computed twice, because a second product costs less than to transpose the largest matrix of
+    the network.
     """
     scale = 1 / (features0.shape[1] * TEMPERATURE)
     # Of image 0 in both, whose values are rounded then; ONNX Runtime makes the factors part of the products.
-    over1 = torch.softmax((features0.index_select(0, cells0) * scale) @ features1.T, 1)
-    return over1, torch.softmax(features1.index_select(0, cells1) @ (features0 * scale).T, 1)
+    over1 = (features0.index_select(0, cells0) * scale) @ features1.T
+    over0 = features1.index_select(0, cells1) @ (features0 * scale).T
+    return torch.log_softmax(over1, 1), torch.log_softmax(over0, 1)
 
 
 def best_pairs(over1: Tensor, over0: Tensor, cells0: Cells, cells1: Cells, count: int) -> tuple[Tensor, ...]:
@@ -84,7 +87,8 @@ def best_pairs(over1: Tensor, over0: Tensor, cells0: Cells, cells1: Cells, count
     start = (cells1.rank * over0.shape[1]).index_select(0, partner).reshape(-1, PARTNERS)  # of the partner's row
     other = over0.reshape(-1).index_select(0, (start + cells0.matched[:, None]).reshape(-1)).reshape(-1, PARTNERS)
     inside = cells1.inside.index_select(0, partner).reshape(-1, PARTNERS)
-    scores, index = _largest((best.float() * other.float() * inside).reshape(-1), count)
+    confidence = (best.float() + other.float()).exp() * inside
+    scores, index = _largest(confidence.reshape(-1), count)
     return scores, cells0.matched.index_select(0, quotient(index, PARTNERS)[0]), partner.index_select(0, index)
 
 

@@ -16,15 +16,14 @@ WIDTH, BLOCK = 256, 4  # channels; cells along the side of a block
 class Grid(NamedTuple):
     """What attention needs to know of a coarse map with rows x columns blocks.
 
-    turn_query, turn_key: [T, 2 C] and [T, 3 C], the rotary position encoding as factors of what the projections
-    give: cosines for queries or keys, sines for the same with channels swapped, ones for values.
+    cos, sin: [T, C / 2], the rotary position encoding, see `rotate`.
     upsampling: [1, T, 16 T], transposed for `transposed_matmul`; or None to interpolate.
     """
 
     rows: int
     columns: int
-    turn_query: Tensor
-    turn_key: Tensor
+    cos: Tensor
+    sin: Tensor
     upsampling: Tensor | None
 
 
@@ -39,22 +38,24 @@ def make_grid(rows: int, columns: int, scale: float, like: Tensor) -> Grid:
     column = (torch.arange(columns, device=like.device) + 1.0)[:, None] * scale * frequencies
     shape = (rows, columns, 64)
     # Channels 4k, 4k+1 turn with the row and 4k+2, 4k+3 with the column.
-    angles = torch.stack([row[:, None].expand(shape), column[None].expand(shape)], -1)
-    angles = angles[..., None].expand(*shape, 2, 2).reshape(rows * columns, WIDTH)
-    cos, sin = angles.cos().half().to(like.dtype), angles.sin().half().to(like.dtype)
-    return Grid(rows, columns, torch.cat([cos, sin], 1), torch.cat([cos, sin, torch.ones_like(cos)], 1), None)
+    angles = torch.stack([row[:, None].expand(shape), column[None].expand(shape)], -1).reshape(rows * columns, -1)
+    cos, sin = (table.half().to(like.dtype) for table in (angles.cos(), angles.sin()))
+    return Grid(rows, columns, cos, sin, None)
 
 
 def to_blocks(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Map [B, C, 4 rows, 4 columns] -> [B, rows * columns, 16, C]."""
-    x = x.reshape(x.shape[0], x.shape[1], rows, BLOCK, columns, BLOCK).permute(0, 2, 4, 3, 5, 1)
+    """Map [B, C, 4 rows, 4 columns] -> [B, rows * columns, 16, C], the cells of a block column by column.
+
+    In this order both the way into blocks and the pyramid's out of them move vectors of at least C numbers.
+    """
+    x = x.reshape(x.shape[0], x.shape[1], rows, BLOCK, columns, BLOCK).permute(0, 2, 4, 5, 3, 1)
     return x.reshape(x.shape[0], rows * columns, BLOCK * BLOCK, x.shape[5])
 
 
 def from_blocks(x: Tensor, rows: int, columns: int) -> Tensor:
     """The inverse of to_blocks."""
     batch, channels = x.shape[0], x.shape[3]
-    x = x.reshape(batch, rows, columns, BLOCK, BLOCK, channels).permute(0, 5, 1, 3, 2, 4)
+    x = x.reshape(batch, rows, columns, BLOCK, BLOCK, channels).permute(0, 5, 1, 4, 2, 3)
     return x.reshape(batch, channels, BLOCK * rows, BLOCK * columns)
 
 

@@ -97,8 +97,7 @@ class EfficientLoFTR(nn.Module):
         both, *maps = self.transformer.together(to_blocks(eighth, grid.rows, grid.columns), grid)
         table = self.pyramid(both, quarter, half, fixed.to_quarter, fixed.to_half)
         map0, map1 = (part.reshape(-1, part.shape[3]) for part in maps)
-        stride = half.shape[3]
-        return _Features(map0, table, stride, cells0), _Features(map1, table, stride, cells1)
+        return _Features(map0, table, fixed.stride, cells0), _Features(map1, table, fixed.stride, cells1)
 
     def _separately(self, *images: Tensor) -> list[_Features]:
         """Two images [1, 1, H, W] of any sizes."""
@@ -114,7 +113,7 @@ class EfficientLoFTR(nn.Module):
         return result
 
     def _features(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Backbone features at 1/2, 1/4 (these two with a margin of padding) and 1/8 (the valid part)."""
+        """Backbone features at 1/2, 1/4 (these two with padding) and 1/8 (the valid part)."""
         height, width = image.shape[2:]
         image = image.to(self.dtype)
         if not self.square:
@@ -123,15 +122,7 @@ class EfficientLoFTR(nn.Module):
         below, right = (min(side - length, PADDING_SEEN) for length in (height, width))
         cut = (below < side - height, right < side - width)
         half, quarter, eighth = self.backbone(image, below, right, cut)
-        rows, columns = (
-            length // CELL + margin
-            for length, margin in zip((height, width), self._margins(height, width), strict=True)
-        )
-        return (
-            half[:, :, : 4 * rows, : 4 * columns],
-            quarter[:, :, : 2 * rows, : 2 * columns],
-            eighth if any(cut) else eighth[:, :, : height // CELL, : width // CELL],
-        )
+        return half, quarter, eighth if any(cut) else eighth[:, :, : height // CELL, : width // CELL]
 
     def _margins(self, height: int, width: int) -> tuple[int, int]:
         """Cells of padding below and on the right that the pyramid computes."""

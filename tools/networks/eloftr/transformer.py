@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from matchanything_tools.networks.attention import attention, norm_by_rows
 from matchanything_tools.networks.products import transposed_matmul
+from matchanything_tools.networks.rotary import rotate
 
 from .grid import BLOCK, WIDTH, Grid, to_blocks
 
@@ -24,7 +25,8 @@ class AggregatedAttention(nn.Module):
 
     pooling: Tensor
     to_query: Tensor
-    to_key_value: Tensor
+    to_key: Tensor
+    to_value: Tensor
     from_cell: Tensor
     from_message: Tensor
     to_cell: Tensor
@@ -44,17 +46,14 @@ class AggregatedAttention(nn.Module):
         self.norm2 = nn.LayerNorm(WIDTH)
 
     def fuse(self) -> None:
-        """Fold what is linear: the rotation's swap of channels into the projections; `merge` and upsampling commute,
-        so that `merge` joins the half of the MLP that reads the message."""
-        query, key = self.q_proj.weight.double(), self.k_proj.weight.double()
-        value = self.v_proj.weight.double()
+        """Fold what is linear: `merge` and upsampling commute, so that `merge` joins the half of the MLP that reads the
+        message."""
         first, second = (self.mlp.get_parameter(f"{index}.weight").double() for index in (0, 2))
-        queries = [query, rotated(query)] if self.rotary else [query]
-        keys = [key, rotated(key)] if self.rotary else [key]
         weights = {
-            "pooling": self.aggregate.weight.double().reshape(WIDTH, BLOCK * BLOCK).T.reshape(-1, WIDTH, 1),
-            "to_query": torch.cat(queries).T,
-            "to_key_value": torch.cat([*keys, value]).T,
+            "pooling": self.aggregate.weight.double().permute(3, 2, 0, 1).flatten(0, 1),
+            "to_query": self.q_proj.weight.T,
+            "to_key": self.k_proj.weight.T,
+            "to_value": self.v_proj.weight.T,
             "from_cell": first[:, :WIDTH].T,
             "from_message": (first[:, WIDTH:] @ self.merge.weight.double()).T,
             "to_cell": second.T,
@@ -74,19 +73,14 @@ class AggregatedAttention(nn.Module):
         # instead of 14 for factors and a sum. Runtimes make the matrix once, but of fp16 they cannot: hence fp32 here.
         matrix = (self.pooling.float() * torch.eye(WIDTH, device=x.device)).flatten(0, 1).to(x.dtype)
         queries = _norm(x.flatten(2) @ matrix, self.norm1) @ self.to_query
-        if not self.rotary:
-            return queries
-        query, turned = (queries * grid.turn_query).split(WIDTH, -1)
-        return query + turned
+        return rotate(queries, grid.cos, grid.sin) if self.rotary else queries
 
     def update(self, x: Tensor, query: Tensor, source: Tensor, grid: Grid, source_grid: Grid) -> Tensor:
         """x with the messages from source to its queries."""
-        keys_values = _norm(_block_maximum(source), self.norm1) @ self.to_key_value
+        kept = _norm(_block_maximum(source), self.norm1)
+        key, value = kept @ self.to_key, kept @ self.to_value
         if self.rotary:
-            key, turned, value = (keys_values * source_grid.turn_key).split(WIDTH, -1)
-            key = key + turned
-        else:
-            key, value = keys_values.split(WIDTH, -1)
+            key = rotate(key, source_grid.cos, source_grid.sin)
         message = attention(query, key, value, HEADS) @ self.from_message
         cells = x.reshape(-1, WIDTH)
         hidden = F.leaky_relu(torch.addmm(_upsampled(message, grid), cells, self.from_cell))
