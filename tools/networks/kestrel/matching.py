@@ -65,7 +65,7 @@ class KestrelMatcher(nn.Module):
         queries = first.queries.flatten(0, 2).index_select(0, cells)
         keys, start = second.keys.flatten(0, 2), last * height * width
         offset = self.window(queries, keys, chosen, (height, width), start)
-        detail0, detail1 = first.detail[:1], second.detail[last:]
+        detail0, detail1 = first.detail[:1], _last(second.detail) if together else second.detail
         at0 = units(centres0, detail0).index_select(0, cells)
         at1 = units(centres1, detail1).index_select(0, chosen) + offset * per_pixel(detail1)
         at1 = self.patch(detail0, detail1, at0, at1, affine, area, self.rounds)
@@ -120,6 +120,13 @@ def dual_softmax(descriptors: list[Tensor], matchable: list[Tensor]) -> tuple[Te
         highest = logarithm.reshape(height0, width0, -1).amax(1).amax(0)
     mutual = best >= highest.index_select(0, partner)
     return torch.where(mutual, best, torch.full_like(best, NEVER)), partner
+
+
+def _last(x: Tensor) -> Tensor:
+    """The second of two images [2, C, H, W] as [1, C, H, W], cut out as rows of channels-last memory: with two slices
+    along one axis, ONNX Runtime would make a Split, whose kernel takes longer than two copies."""
+    height = x.shape[2]
+    return x.permute(0, 2, 3, 1).flatten(0, 1)[height:].unsqueeze(0).permute(0, 3, 1, 2)
 
 
 def confidence_of(logarithm: Tensor) -> Tensor:
