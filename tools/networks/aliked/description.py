@@ -36,7 +36,7 @@ class DescriptorHead(nn.Module):
         first, second = self.offset_conv[0], self.offset_conv[2]
         assert isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d) and second.bias is not None
         assert first.bias is not None
-        patches = features.at(around).to(dtype).permute(0, 2, 3, 1).reshape(batch * count, 9 * dim)
+        patches = features.at(around).to(dtype).reshape(batch * count, 9 * dim)
         hidden = F.selu(torch.addmm(first.bias, patches, first.weight.permute(2, 3, 1, 0).reshape(9 * dim, -1)))
         # Published as all x, then all y: made (x, y) of each position, which is then a view of the product.
         weight, bias = (
@@ -44,8 +44,6 @@ class DescriptorHead(nn.Module):
         )
         offsets = torch.addmm(bias, hidden, weight.flatten(1).T).float().clamp(-limit, limit)
         sampled = features.between(keypoints.unsqueeze(2) + offsets.reshape(batch, count, positions, 2)).to(dtype)
-        parts = sampled.shape[2] // count
-        summing = self.sf_conv.weight.expand(-1, -1, parts, -1)
-        sampled = F.selu(F.conv2d(sampled, summing, stride=(parts, 1)))  # [B, dim, K, M]
-        descriptors = (sampled.permute(0, 2, 3, 1).flatten(2) @ self.agg_weights.flatten(0, 1)).float()
+        sampled = F.selu(F.linear(sampled, self.sf_conv.weight.flatten(1)))  # [B, K, M, dim]
+        descriptors = (sampled.flatten(2) @ self.agg_weights.flatten(0, 1)).float()
         return descriptors / lengths(descriptors)

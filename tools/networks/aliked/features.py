@@ -23,11 +23,11 @@ class Features(Protocol):
     """Positions are pixels (x, y) of the padded image."""
 
     def at(self, pixels: Tensor) -> Tensor:
-        """Whole pixels [B, K, N, 2] (float32) -> [B, dim, K, N]."""
+        """Whole pixels [B, K, N, 2] (float32) -> [B, K, N, dim]."""
         ...
 
     def between(self, positions: Tensor) -> Tensor:
-        """[B, K, M, 2] -> [B, dim, K n, M]: the sums of n consecutive rows are the bilinear samples."""
+        """Bilinear samples, [B, K, M, 2] -> [B, K, M, dim]."""
         ...
 
 
@@ -66,10 +66,11 @@ class WholeFeatures:
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
         index = ((y * width + x) * inside.to(torch.int64)).unsqueeze(1)
         read = [g.flatten(2).gather(2, index.expand(-1, g.shape[1], -1)) for g in self._groups]
-        return (torch.cat(read, dim=1) * inside.unsqueeze(1).float()).unflatten(2, pixels.shape[1:3])
+        rows = (torch.cat(read, dim=1) * inside.unsqueeze(1).float()).transpose(1, 2)
+        return rows.unflatten(1, pixels.shape[1:3])
 
     def between(self, positions: Tensor) -> Tensor:
-        return torch.cat([sample(group, positions) for group in self._groups], dim=1)
+        return torch.cat([sample(group, positions) for group in self._groups], dim=1).permute(0, 2, 3, 1)
 
 
 class ReadFeatures:
@@ -90,29 +91,32 @@ class ReadFeatures:
             self._full, self._low = groups[:1], groups[1:]
 
     def at(self, pixels: Tensor) -> Tensor:
-        return self._read(pixels, self._window.holds(pixels).squeeze(1)).permute(0, 3, 1, 2)
+        # As a matrix, for whose rows ONNX Runtime has a faster kernel than for broadcasting along any other axis.
+        rows, weights = self._read(pixels)
+        return (rows * weights.to(rows.dtype)).reshape(*pixels.shape[:3], -1)
 
     def between(self, positions: Tensor) -> Tensor:
         batch, count, number = positions.shape[:3]
-        positions = positions.unsqueeze(2)
-        corners = positions.floor() + pixel_grid(2, 2, positions.device).reshape(4, 1, 2)
-        x, y = (1 - (corners - positions).abs()).split(1, dim=4)
-        corners = corners.reshape(batch, count * 4, number, 2)
-        weights = (x * y).reshape(batch, count * 4, number) * self._window.holds(corners).squeeze(1)
-        return self._read(corners, weights).permute(0, 3, 1, 2)
+        positions = positions.reshape(batch, -1, 1, 2)
+        corners = positions.floor() + pixel_grid(2, 2, positions.device).reshape(4, 2)
+        x, y = (1 - (corners - positions).abs()).split(1, dim=3)
+        rows, weights = self._read(corners)
+        weights = (weights * (x * y).reshape(-1, 1)).to(rows.dtype)
+        # One product for each position: scaling all corners, then summing them, would be two passes over them.
+        samples = weights.reshape(-1, 1, 4) @ rows.reshape(-1, 4, rows.shape[1])
+        return samples.reshape(batch, count, number, -1)
 
-    def _read(self, pixels: Tensor, weights: Tensor) -> Tensor:
-        """The unit features at whole pixels [B, P, Q, 2], times weights [B, P, Q]: [B, P, Q, dim]."""
+    def _read(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The features at whole pixels [B, P, Q, 2] as rows [B P Q, dim], and what makes them unit vectors, or zeros
+        outside of the window [B P Q, 1] (float32)."""
         last = torch.tensor((self._full[0].shape[3] - 1, self._full[0].shape[2] - 1), device=pixels.device)
         parts = read(self._full, torch.minimum(pixels.clamp(min=0), last))
         # Upsampling aligns the corner pixels, so the same grid reads every resolution.
         grid = pixels * (2 / last) - 1
         for group in self._low:
             parts.append(F.grid_sample(group, grid, align_corners=True).permute(0, 2, 3, 1))
-        features = torch.cat(parts, dim=3)
-        # As a matrix, for whose rows ONNX Runtime has a faster kernel than for broadcasting along any other axis.
-        rows = features.flatten(0, 2)
-        return (rows * (weights.reshape(-1, 1) / lengths(rows)).to(rows.dtype)).reshape(features.shape)
+        rows = torch.cat(parts, dim=3).flatten(0, 2)
+        return rows, self._window.holds(pixels).reshape(-1, 1) / lengths(rows)
 
 
 def upsample(x: Tensor, size: torch.Size) -> Tensor:
