@@ -28,7 +28,7 @@ class StripedConv(nn.Conv2d):
         across, surplus = columns // stride, columns if colours else -columns * conv.in_channels % 8
         inputs, outputs = columns * conv.in_channels + surplus, across * conv.out_channels
         above, before = (int(padding) for padding in conv.padding)
-        beside = int(kernel > 1)  # a stripe on either side
+        beside = int(kernel > stride or before > 0)  # a stripe on either side
         size = (kernel, 2 * beside + 1)
         super().__init__(inputs, outputs, size, (stride, 1), (above, beside), bias=conv.bias is not None)
         self.columns, self.planes, self.across, self.surplus = columns, planes, across, surplus
@@ -71,3 +71,10 @@ def striped(conv: nn.Module, width: int, *, planes: bool = False) -> nn.Conv2d:
     most = 8 if planes else max(64 // conv.in_channels, 1)
     columns = math.gcd(most, width)
     return conv if columns == 1 else StripedConv(conv, columns, planes=planes)
+
+
+def striped_average(channels: int, size: int) -> StripedConv:
+    """Average pooling of size x size pixels as a convolution, over stripes of 64 channels or of `size` columns."""
+    conv = nn.Conv2d(channels, channels, size, size, bias=False)
+    conv.weight = nn.Parameter((torch.eye(channels) / size**2)[:, :, None, None].expand(-1, -1, size, size))
+    return StripedConv(conv, max(64 // channels, size))

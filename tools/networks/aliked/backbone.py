@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from matchanything_tools.networks.aliked.features import upsample
 from matchanything_tools.networks.sampling import DeformableConv3x3
-from matchanything_tools.networks.stripes import striped
+from matchanything_tools.networks.stripes import striped, striped_average
 from matchanything_tools.networks.upsampling import upsampled_sum
 
 DIVISOR = 32  # the lowest resolution is 1/32
@@ -75,6 +75,9 @@ class Backbone(nn.Module):
         self.block2 = Block(c1, c2, residual=True, deformable=False)
         self.block3 = Block(c2, c3, residual=True, deformable=True)
         self.block4 = Block(c3, c4, residual=True, deformable=True)
+        self.pool2: nn.Module = nn.AvgPool2d(2)
+        self.pool3: nn.Module = nn.AvgPool2d(4)
+        self.pool4: nn.Module = nn.AvgPool2d(4)
         self.conv1 = nn.Conv2d(c1, quarter, 1, bias=False)
         self.conv2 = nn.Conv2d(c2, quarter, 1, bias=False)
         self.conv3 = nn.Conv2d(c3, quarter, 1, bias=False)
@@ -95,9 +98,9 @@ class Backbone(nn.Module):
         four groups of channels of the features (see features.py), [B, dim / 4, H / s, W / s] with s = 1, 2, 8, 32."""
         size = image.shape[2:]
         x1 = self.block1(image)
-        x2 = self.block2(F.avg_pool2d(x1, 2))
-        x3 = self.block3(F.avg_pool2d(x2, 4))
-        x4 = self.block4(F.avg_pool2d(x3, 4))
+        x2 = self.block2(self.pool2(x1))
+        x3 = self.block3(self.pool3(x2))
+        x4 = self.block4(self.pool4(x3))
         groups = [
             F.selu(self.conv1(x1)),
             F.selu(self.conv2(x2)),
@@ -120,6 +123,8 @@ class Backbone(nn.Module):
 
     def stripe(self) -> None:
         """Run the convolutions of high resolution over stripes (see stripes.py), for fp16; call `fuse` before."""
+        c1, c2, c3 = (conv.in_channels for conv in (self.conv1, self.conv2, self.conv3))
+        self.pool2, self.pool3, self.pool4 = striped_average(c1, 2), striped_average(c2, 4), striped_average(c3, 4)
         width, half = DIVISOR, DIVISOR // 2  # or a multiple
         first, second = self.block1, self.block2
         first.conv1, first.conv2 = striped(first.conv1, width, planes=True), striped(first.conv2, width)
