@@ -15,3 +15,14 @@ def lengths(vectors: Tensor) -> Tensor:
     count = vectors.shape[-1]
     mean = (vectors * vectors) @ torch.full((count, 8), 1 / count, dtype=vectors.dtype, device=vectors.device)
     return (count * mean[..., :1].float()).sqrt().clamp(min=1e-12)
+
+
+def lengths_in_blocks(vectors: Tensor) -> Tensor:
+    """The same, [B, N] float32 of blocks of few vectors [B, N, C]; in fp16 no length may be above 255.
+
+    In fp16 from the products of all pairs of a block, read once: on an H200 half the time of squares and their sums.
+    """
+    if vectors.dtype != torch.float16:
+        return lengths(vectors).squeeze(2)
+    pairs = vectors @ vectors.transpose(1, 2)
+    return pairs.flatten(1)[:, :: vectors.shape[1] + 1].float().sqrt().clamp(min=1e-12)

@@ -77,11 +77,8 @@ def _dual_softmax(
 
 
 def _mutual(similarity: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns [K0] that are the best of their row, and whose best this row is, and their similarity; without such
-    a column 0 and minus NEVER. By comparing with maxima: a search for the places of maxima is slow on a GPU."""
-    best = largest(similarity, -1)
-    number = torch.arange(similarity.shape[1], device=similarity.device, dtype=similarity.dtype)
-    mutual = similarity >= torch.maximum(best, largest(similarity, -2))
-    found = largest(torch.where(mutual, number, torch.full_like(number, -1.0)), -1).squeeze(1)
-    scores = torch.where(found >= 0, best.squeeze(1), torch.full_like(found, -NEVER))
-    return found.clamp(min=0).to(torch.int64), scores
+    """The best columns [K0] of the rows, and their similarity, or minus NEVER if another row is better for them."""
+    partner = similarity.argmax(dim=1)
+    best = similarity.gather(1, partner.unsqueeze(1)).squeeze(1)
+    others = largest(similarity, -2).squeeze(0).index_select(0, partner)
+    return partner, torch.where(best >= others, best, torch.full_like(best, -NEVER))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from matchanything_tools.networks.lengths import lengths
+from matchanything_tools.networks.lengths import lengths, lengths_in_blocks
 from matchanything_tools.networks.sampling import pixel_grid, read, sample
 from matchanything_tools.networks.upsampling import upsampled_sum
 
@@ -92,31 +92,33 @@ class ReadFeatures:
 
     def at(self, pixels: Tensor) -> Tensor:
         # As a matrix, for whose rows ONNX Runtime has a faster kernel than for broadcasting along any other axis.
-        rows, weights = self._read(pixels)
+        rows = self._read(pixels)
+        weights = self._window.holds(pixels).reshape(-1, 1) / lengths(rows)
         return (rows * weights.to(rows.dtype)).reshape(*pixels.shape[:3], -1)
 
     def between(self, positions: Tensor) -> Tensor:
         batch, count, number = positions.shape[:3]
-        positions = positions.reshape(batch, -1, 1, 2)
+        positions = positions.unsqueeze(3)
         corners = positions.floor() + pixel_grid(2, 2, positions.device).reshape(4, 2)
-        x, y = (1 - (corners - positions).abs()).split(1, dim=3)
-        rows, weights = self._read(corners)
-        weights = (weights * (x * y).reshape(-1, 1)).to(rows.dtype)
-        # One product for each position: scaling all corners, then summing them, would be two passes over them.
-        samples = weights.reshape(-1, 1, 4) @ rows.reshape(-1, 4, rows.shape[1])
-        return samples.reshape(batch, count, number, -1)
+        x, y = (1 - (corners - positions).abs()).split(1, dim=4)
+        corners = corners.reshape(batch, count, number * 4, 2)
+        rows = self._read(corners).unflatten(0, (batch * count, number * 4))
+        weights = (x * y).reshape(batch, count, -1) * self._window.holds(corners).squeeze(1)
+        weights = (weights.reshape(batch * count, -1) / lengths_in_blocks(rows)).to(rows.dtype)
+        # All samples of a keypoint by one product, most of whose weights are zero: to scale all corners and then sum
+        # fours of them takes two passes over them.
+        own = torch.eye(number, dtype=rows.dtype, device=rows.device).repeat_interleave(4, dim=1)
+        return ((own * weights.unsqueeze(1)) @ rows).reshape(batch, count, number, -1)
 
-    def _read(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The features at whole pixels [B, P, Q, 2] as rows [B P Q, dim], and what makes them unit vectors, or zeros
-        outside of the window [B P Q, 1] (float32)."""
+    def _read(self, pixels: Tensor) -> Tensor:
+        """The features at whole pixels [B, P, Q, 2] as rows [B P Q, dim], not of unit length."""
         last = torch.tensor((self._full[0].shape[3] - 1, self._full[0].shape[2] - 1), device=pixels.device)
         parts = read(self._full, torch.minimum(pixels.clamp(min=0), last))
         # Upsampling aligns the corner pixels, so the same grid reads every resolution.
         grid = pixels * (2 / last) - 1
         for group in self._low:
             parts.append(F.grid_sample(group, grid, align_corners=True).permute(0, 2, 3, 1))
-        rows = torch.cat(parts, dim=3).flatten(0, 2)
-        return rows, self._window.holds(pixels).reshape(-1, 1) / lengths(rows)
+        return torch.cat(parts, dim=3).flatten(0, 2)
 
 
 def upsample(x: Tensor, size: torch.Size) -> Tensor:
