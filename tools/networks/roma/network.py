@@ -114,8 +114,7 @@ class Roma(nn.Module):
         height, width = images.shape[2] // PATCH, images.shape[3] // PATCH
         tokens = self._project_tokens(images)
         flow, certainty = self.match_globally(tokens, height, width)
-        maps = {**self._fine_features(images), 16: tokens.unflatten(1, (height, width))}
-        features: Features = {stride: x.split(1) for stride, x in maps.items()}
+        features = {**self._fine_features(images), 16: tokens.unflatten(1, (height, width)).split(1)}
         yield from self._refine(features, flow, certainty, (16, 8, 4, 2, 1), images.shape[2:], 1.0)
 
     def second_pass(
@@ -124,9 +123,7 @@ class Roma(nn.Module):
         """The refiners from stride 8 again, on larger images, starting from the result of the first pass."""
         height, width = images.shape[2:]
         zoom = ((height * width) / (before[0] * before[1])) ** 0.5
-        # One image after the other: large enough by themselves, and what needs each apart need not copy.
-        first, second = (self._fine_features(image) for image in images.split(1))
-        features: Features = {stride: (x, second[stride]) for stride, x in first.items()}
+        features = self._fine_features(images)
         yield from self._refine(features, flow, certainty, (8, 4, 2, 1), (height, width), zoom)
 
     def match_globally(self, tokens: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,13 +141,13 @@ class Roma(nn.Module):
             return F.linear(tokens, projection[0].weight[:, :, 0, 0], projection[0].bias)
         return projection(self.dinov2(images).transpose(1, 2)[..., None])[..., 0].transpose(1, 2)
 
-    def _fine_features(self, images: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Of images [B, 3, H, W] by stride: [B, h, w, C]."""
+    def _fine_features(self, images: torch.Tensor) -> Features:
+        """By stride. One image after the other: what needs each apart need not copy."""
         encoder = self.encoder["cnn"]
-        features: dict[int, torch.Tensor] = encoder(images.to(encoder.layers[0].weight.dtype))
+        both = [encoder(image.to(encoder.layers[0].weight.dtype)) for image in images.split(1)]
         return {
-            stride: self.decoder.proj[str(stride)](x).permute(0, 2, 3, 1)
-            for stride, x in features.items()
+            stride: tuple(self.decoder.proj[str(stride)](x[stride]).permute(0, 2, 3, 1) for x in both)
+            for stride in encoder.strides
             if stride >= self.finest
         }
 
