@@ -23,6 +23,8 @@ from matchanything_ros.errors import UserError
 from matchanything_ros.match_files import read_image
 from matchanything_ros.messages import read_correspondences
 from matchanything_tools.export import Exportable, export, network
+from matchanything_tools.networks.attention import add_function_bodies
+from matchanything_tools.networks.rotary import rotate
 
 FIXED, DYNAMIC = {"size": (224, 256)}, {"min": (224, 224), "opt": (224, 288), "max": (1664, 1664)}
 
@@ -166,6 +168,32 @@ def test_golden_through_onnx_runtime(name: str, weights: Path, tmp_path: Path) -
     outputs = engine.run({f"image{index}": image.numpy() for index, image in enumerate(images)})
     engine.close()
     check_matches(name, [outputs[output] for output in ("keypoints0", "keypoints1", "scores")])
+
+
+def test_rotation() -> None:
+    """Pairs of channels turn like complex numbers: in PyTorch, in ONNX Runtime's operator, and in its function body."""
+    import onnx.inliner
+    import onnxruntime
+
+    class Rotate(torch.nn.Module):
+        def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+            return rotate(x, cos, sin)
+
+    generator = torch.Generator().manual_seed(8)
+    x, angles = torch.randn(2, 7, 16, generator=generator), torch.randn(7, 8, generator=generator)
+    inputs = (x, angles.cos(), angles.sin())
+    turned = torch.view_as_complex(x.unflatten(2, (8, 2))) * torch.polar(torch.ones(()), angles)
+    expected = torch.view_as_real(turned).flatten(2)
+    assert torch.allclose(rotate(*inputs), expected, atol=1e-6)
+    program = torch.onnx.export(Rotate(), inputs, dynamo=True, opset_version=20, verbose=False)
+    assert program is not None
+    add_function_bodies(program.model)
+    model = program.model_proto
+    assert [node.op_type for node in model.graph.node] == ["RotaryEmbedding"]
+    feed = {value.name: tensor.numpy() for value, tensor in zip(model.graph.input, inputs, strict=True)}
+    for form in (model, onnx.inliner.inline_local_functions(model)):
+        [result] = onnxruntime.InferenceSession(form.SerializeToString()).run(None, feed)
+        assert np.abs(result - expected.numpy()).max() < 1e-6
 
 
 def test_impossible_sizes(weights: Path) -> None:
