@@ -138,6 +138,27 @@ def test_dual_softmax_is_the_textbook_formula(sharp: float, separate: bool) -> N
     assert torch.allclose(confidence[mutual].double(), best[mutual], rtol=1e-3)
 
 
+def test_fp16_suffices_for_the_cell_matrix() -> None:
+    """Lengths and distances as those of matches of the trained network: half their squares are 38 to 48 and 0 to 9."""
+    generator = torch.Generator().manual_seed(3)
+    first = F.normalize(torch.randn(128, 192, generator=generator), dim=1)
+    away = F.normalize(torch.randn(128, 192, generator=generator), dim=1) * torch.linspace(0, 4.2, 128)[:, None]
+    first = first * (2 * torch.linspace(38, 48, 128)[torch.randperm(128, generator=generator)]).sqrt()[:, None]
+    maps = [x.reshape(1, 8, 16, 192).half() for x in (first, first + away)]
+    chance = [torch.randn(1, 8, 16, generator=generator).half() for _ in range(2)]
+    logarithm, partner = dual_softmax(maps, chance)
+    exact, exact_partner = dual_softmax([x.float() for x in maps], [x.float() for x in chance])
+    good = confidence_of(exact) > 0.05
+    assert good.sum() > 80
+    assert torch.equal(partner[good], exact_partner[good])
+    # Half the logarithm is rounded to 0.004 or so, the smallest exponentials by a few percent.
+    assert torch.allclose(confidence_of(logarithm)[good], confidence_of(exact)[good], rtol=0.05)
+
+    blank = [torch.ones_like(x) for x in maps]  # every cell alike: sums far above what is representable
+    logarithm, _ = dual_softmax(blank, chance)
+    assert not logarithm.isnan().any() and confidence_of(logarithm).max() < 0.01
+
+
 def test_local_affine_finds_the_map_despite_rounding_to_cells() -> None:
     angle = np.deg2rad(35.0)
     truth = 0.8 * torch.tensor([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], dtype=torch.float32)

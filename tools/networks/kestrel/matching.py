@@ -15,7 +15,7 @@ from matchanything_tools.networks.topk import topk
 
 # Exponents of what exponentials and weights are multiplied by, so that fp16 holds both down to e^-14 or so, which they
 # reach where matches are worth it, and their sums up to 20, above which no share reaches the score threshold.
-LIFT, WEIGHT_LIFT = 3.0, 5.0
+LIFT, WEIGHT_LIFT = 1.5, 6.5
 NEVER = -1e4  # the logarithm of no confidence at all
 
 
@@ -88,15 +88,18 @@ def dual_softmax(descriptors: list[Tensor], matchable: list[Tensor]) -> tuple[Te
     (height0, width0), (height1, width1) = matchable[0].shape[1:], matchable[-1].shape[1:]
     flat = [x.flatten(1, 2) for x in descriptors]
     dtype = flat[0].dtype
-    halves = [(x * x) @ torch.full((x.shape[2], 1), -0.5, dtype=dtype) for x in flat]
-    above = [half.amin((0, 1), keepdim=True) + WEIGHT_LIFT - half for half in halves]
+    halves = [(x * x) @ torch.full((x.shape[2], 1), 0.5, dtype=dtype) for x in flat]
+    above = [
+        half - (_highest(half.reshape(m.shape)).reshape(-1, 1, 1) - WEIGHT_LIFT)
+        for half, m in zip(halves, matchable, strict=True)
+    ]
     weights = [torch.exp(each) for each in above]
     exponential = torch.exp(_product(flat, halves, LIFT, None))
     rows = exponential @ weights[-1][-1]
     columns = weights[0][0].reshape(1, -1) @ exponential
     totals = [rows[None], columns.reshape(1, -1, 1)]
     totals = totals if len(flat) == 2 else [torch.cat(totals)]
-    least = max(torch.finfo(dtype).tiny / 64, 1e-37)
+    least = max(torch.finfo(dtype).tiny / 512, 1e-37)  # what fp16 cannot hold any more
     shares = [
         each.float() + (m.flatten(1)[:, :, None].float().sigmoid() / total.float().clamp(least, 1e30)).log()
         for each, m, total in zip(above, matchable, totals, strict=True)
@@ -135,7 +138,7 @@ def confidence_of(logarithm: Tensor) -> Tensor:
 
 
 def _product(flat: list[Tensor], summands: list[Tensor], constant: float, shares: list[Tensor] | None) -> Tensor:
-    """The descriptors' products plus a constant, a summand of each and half a share of each, as one product: [N0, N1].
+    """The descriptors' products plus a constant, minus a summand of each, plus half a share of each, as one product.
 
     flat [B, N, d], summands [B, N, 1] of its type, shares [B, N, 1] float32: one batch of two, or two of one.
     """
@@ -144,11 +147,21 @@ def _product(flat: list[Tensor], summands: list[Tensor], constant: float, shares
     )
     x0, *added0 = (x[0] for x in (flat[0], summands[0], *pairs[0]))
     x1, *added1 = (x[-1] for x in (flat[-1], summands[-1], *pairs[-1]))
-    ones = [1.0, 0.5, 0.5][: len(added0)]
+    ones = [-1.0, 0.5, 0.5][: len(added0)]
     zeros = [0.0] * (-(x0.shape[1] + 2 * len(ones) + 1) % 8)  # tensor cores read eight channels at once
     a = torch.cat((x0, *added0, _rows([*ones, 1.0, *zeros], x0)), 1)
     b = torch.cat((x1, _rows(ones, x1), *added1, _rows([constant, *zeros], x1)), 1)
     return a @ b.transpose(0, 1)
+
+
+def _highest(x: Tensor) -> Tensor:
+    """Maximum [B, 1, 1] of [B, H, W]."""
+    if not isinstance(x.shape[1], int):
+        return x.amax((1, 2), keepdim=True)
+    planes = x.unsqueeze(1)
+    for window in ((1, x.shape[2]), (x.shape[1], 1)):  # pooling, where GPUs reduce slowly
+        planes = F.max_pool2d(planes, window)
+    return planes.squeeze(1)
 
 
 def _rows(values: list[float], like: Tensor) -> Tensor:
