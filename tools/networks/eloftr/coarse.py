@@ -61,9 +61,9 @@ def confidences(features0: Tensor, features1: Tensor, cells0: Tensor, cells1: Te
     """Logarithms of two softmaxes of the similarities of all cells, [N0, C] and [N1, C], in their precision, each for
     some of them: over image 1 [M0, N1] for cells0 [M0] of image 0, over image 0 [M1, N0] for cells1 [M1] of image 1.
 
-    The confidence of a pair is the exponential of their sum, which is taken of few pairs. Softmax itself divides numbers
-    that, far below the largest, are subnormal, for which a GPU has no fast division: on an H200 one of 10000 x 10816
-    took 447 us of real similarities and 268 us of others.
+    The confidence of a pair is the exponential of their sum, which is taken of few pairs. Softmax itself divides
+    numbers that, far below the largest, are subnormal, for which a GPU has no fast division: on an H200 one of
+    10000 x 10816 took 447 us of real similarities and 268 us of others.
     The similarities are computed twice, because a second product costs less than to transpose the largest matrix of
     the network.
     """
