@@ -70,9 +70,11 @@ def _places(shape: tuple[int, int] | torch.Size, device: torch.device) -> Tensor
 
 def _moments(sums: Tensor) -> Tensor:
     """Sums [N, 12] -> second moments about the means [N, MOMENTS]."""
-    index = [*MOMENTS, *(MEANS[k][0] for k in MOMENTS), *(MEANS[k][1] for k in MOMENTS), *(ONE for _ in MOMENTS)]
-    second, left, right, count = sums.index_select(1, torch.tensor(index, device=sums.device)).chunk(4, 1)
-    return second - left * right / count.clamp(min=1e-6)
+    firsts, seconds = ([MEANS[k][side] for k in MOMENTS] for side in (0, 1))
+    products, left, right = (
+        sums.index_select(1, torch.tensor(index, device=sums.device)) for index in (MOMENTS, firsts, seconds)
+    )
+    return products - left * right / sums[:, :1].clamp(min=1e-6)
 
 
 def _solve(moments: Tensor) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,7 @@ class Encoder(nn.Module):
             self.network.matchable(tokens).squeeze(-1),
             fine.permute(0, 2, 3, 1),
             self.query_detail(fine).permute(0, 2, 3, 1) + tokens @ self.query_context,
-            _normalised(self.network.patch.project(fine)),
+            self.normalised(self.network.patch.project(fine)),
         )
 
     def merged(self, x1: Tensor, x2: Tensor, tokens: Tensor) -> Tensor:
@@ -74,6 +74,13 @@ class Encoder(nn.Module):
         network = self.network
         fine = _double(network.lateral3(tokens.permute(0, 3, 1, 2))) + network.lateral2(x2)
         return _double(network.merge2(fine)) + network.lateral1(x1)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """x / sqrt(1e-2 + sum of squares over channels), [B, C, H, W]; the sum is a convolution, which leaves it on all
+        channels: faster than a reduction and a broadcast."""
+        channels = x.shape[1]
+        weight, bias = torch.ones(channels, channels, 1, 1, dtype=x.dtype), torch.full((channels,), 1e-2, dtype=x.dtype)
+        return x / F.conv2d(x * x, weight, bias).sqrt()
 
 
 class FixedEncoder(Encoder):
@@ -114,9 +121,22 @@ class FixedEncoder(Encoder):
 
     def pyramid(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As Kestrel.pyramid, with pairs of columns as channels of the second convolution."""
-        x1 = F.relu(self.second(self.network.stage1[0](self.network.standardised(images))))
+        x1 = F.relu(self.second(self.network.stage1[0](self.standardised(images))))
         x2 = self.network.stage2(x1)
         return x1, x2, self.network.stage3(x2)
+
+    def standardised(self, images: Tensor) -> Tensor:
+        """As Kestrel.standardised, with means as products."""
+        pixels = images.flatten(1)
+        mean = pixels.new_full((pixels.shape[1], 1), 1 / pixels.shape[1])
+        centred = pixels - pixels @ mean
+        deviation = ((centred * centred) @ mean).sqrt()
+        return (centred / (deviation + 0.02)).to(self.network.descriptor.weight.dtype).reshape(images.shape)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        rows = x.permute(0, 2, 3, 1)
+        squares = (rows * rows) @ rows.new_ones(rows.shape[3], 1)
+        return (rows / (squares + 1e-2).sqrt()).permute(0, 3, 1, 2)
 
     def merged(self, x1: Tensor, x2: Tensor, tokens: Tensor) -> Tensor:
         fine = _double_by_products(self.lateral3(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
@@ -143,14 +163,6 @@ def _add_product(x: Tensor, other: Tensor, weight: Tensor) -> Tensor:
     """x [B, H, W, C] plus a 1x1 convolution of other [B, D, H, W] -> [B, C, H, W]: half the time of those two."""
     rows = other.permute(0, 2, 3, 1).reshape(-1, other.shape[1])
     return torch.addmm(x.reshape(-1, x.shape[3]), rows, weight).reshape(x.shape).permute(0, 3, 1, 2)
-
-
-def _normalised(x: Tensor) -> Tensor:
-    """x / sqrt(1e-2 + sum of squares over channels), [B, C, H, W]; the sum is a convolution, which leaves it on all
-    channels: faster than a reduction and a broadcast."""
-    channels = x.shape[1]
-    weight, bias = torch.ones(channels, channels, 1, 1, dtype=x.dtype), torch.full((channels,), 1e-2, dtype=x.dtype)
-    return x / F.conv2d(x * x, weight, bias).sqrt()
 
 
 def _scaled(linear: nn.Linear, factor: float) -> nn.Linear:

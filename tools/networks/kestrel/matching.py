@@ -89,10 +89,7 @@ def dual_softmax(descriptors: list[Tensor], matchable: list[Tensor]) -> tuple[Te
     flat = [x.flatten(1, 2) for x in descriptors]
     dtype = flat[0].dtype
     halves = [(x * x) @ torch.full((x.shape[2], 1), 0.5, dtype=dtype) for x in flat]
-    above = [
-        half - (_highest(half.reshape(m.shape)).reshape(-1, 1, 1) - WEIGHT_LIFT)
-        for half, m in zip(halves, matchable, strict=True)
-    ]
+    above = [half - (_highest(half) - WEIGHT_LIFT) for half in halves]
     weights = [torch.exp(each) for each in above]
     exponential = torch.exp(_product(flat, halves, LIFT, None))
     rows = exponential @ weights[-1][-1]
@@ -125,6 +122,11 @@ def dual_softmax(descriptors: list[Tensor], matchable: list[Tensor]) -> tuple[Te
     return torch.where(mutual, best, torch.full_like(best, NEVER)), partner
 
 
+def _each(x: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """[N, C] of each image, from one batch [2, N, C] or two [1, N, C]. Along different axes: see _last."""
+    return x[0][:1].squeeze(0), x[-1].flatten(0, 1)[-x[-1].shape[1] :]
+
+
 def _last(x: Tensor) -> Tensor:
     """The second of two images [2, C, H, W] as [1, C, H, W], cut out as rows of channels-last memory: with two slices
     along one axis, ONNX Runtime would make a Split, whose kernel takes longer than two copies."""
@@ -142,26 +144,21 @@ def _product(flat: list[Tensor], summands: list[Tensor], constant: float, shares
 
     flat [B, N, d], summands [B, N, 1] of its type, shares [B, N, 1] float32: one batch of two, or two of one.
     """
-    pairs = (
-        [()] * len(flat) if shares is None else [_in_two(share, x.dtype) for share, x in zip(shares, flat, strict=True)]
-    )
-    x0, *added0 = (x[0] for x in (flat[0], summands[0], *pairs[0]))
-    x1, *added1 = (x[-1] for x in (flat[-1], summands[-1], *pairs[-1]))
-    ones = [-1.0, 0.5, 0.5][: len(added0)]
+    if shares is not None:
+        pairs = (_in_two(share, x.dtype) for share, x in zip(shares, flat, strict=True))
+        summands = [torch.cat((summand, *pair), 2) for summand, pair in zip(summands, pairs, strict=True)]
+    (x0, x1), (added0, added1) = _each(flat), _each(summands)
+    ones = [-1.0, 0.5, 0.5][: added0.shape[1]]
     zeros = [0.0] * (-(x0.shape[1] + 2 * len(ones) + 1) % 8)  # tensor cores read eight channels at once
-    a = torch.cat((x0, *added0, _rows([*ones, 1.0, *zeros], x0)), 1)
-    b = torch.cat((x1, _rows(ones, x1), *added1, _rows([constant, *zeros], x1)), 1)
+    a = torch.cat((x0, added0, _rows([*ones, 1.0, *zeros], x0)), 1)
+    b = torch.cat((x1, _rows(ones, x1), added1, _rows([constant, *zeros], x1)), 1)
     return a @ b.transpose(0, 1)
 
 
 def _highest(x: Tensor) -> Tensor:
-    """Maximum [B, 1, 1] of [B, H, W]."""
-    if not isinstance(x.shape[1], int):
-        return x.amax((1, 2), keepdim=True)
-    planes = x.unsqueeze(1)
-    for window in ((1, x.shape[2]), (x.shape[1], 1)):  # pooling, where GPUs reduce slowly
-        planes = F.max_pool2d(planes, window)
-    return planes.squeeze(1)
+    """Maximum [B, 1, 1] of [B, N, 1], by its place: on a GPU, ONNX Runtime reduces slowly but finds places fast."""
+    flat = x.flatten(1)
+    return flat.gather(1, flat.argmax(1, keepdim=True)).unsqueeze(2)
 
 
 def _rows(values: list[float], like: Tensor) -> Tensor:
