@@ -20,7 +20,8 @@ def lengths(vectors: Tensor) -> Tensor:
 def lengths_in_blocks(vectors: Tensor) -> Tensor:
     """The same, [B, N] float32 of blocks of few vectors [B, N, C]; in fp16 no length may be above 255.
 
-    In fp16 from the products of all pairs of a block, read once: on an H200 half the time of squares and their sums.
+    In fp16 from the products of all pairs of a block, which read the vectors once; squares and their sums take three
+    passes over them.
     """
     if vectors.dtype != torch.float16:
         return lengths(vectors).squeeze(2)
