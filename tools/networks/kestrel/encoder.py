@@ -131,7 +131,8 @@ class FixedEncoder(Encoder):
         mean = pixels.new_full((pixels.shape[1], 1), 1 / pixels.shape[1])
         centred = pixels - pixels @ mean
         deviation = ((centred * centred) @ mean).sqrt()
-        return (centred / (deviation + 0.02)).to(self.network.descriptor.weight.dtype).reshape(images.shape)
+        rows = (centred / (deviation + 0.02)).to(self.network.descriptor.weight.dtype)
+        return rows.reshape(*images.shape[:1], *images.shape[2:], 1).permute(0, 3, 1, 2)
 
     def normalised(self, x: Tensor) -> Tensor:
         rows = x.permute(0, 2, 3, 1)
