@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from matchanything_tools.networks.depthwise import BoundedDepthwise
 from matchanything_tools.networks.upsampling import upsampled_sum
 
 
@@ -31,20 +32,17 @@ class Refiner(nn.Module):
         cuDNN's fast depthwise kernels take 64 channels at a time; for 32 of two images it has one a third as fast.
         """
         self.as_channels = True
-        for layer in (*self.block1[1:].modules(), *self.hidden_blocks.modules()):
-            if isinstance(layer, AtLeast):
-                layer.least = nn.Parameter(layer.least.repeat(2, 1, 1), requires_grad=False)
-            elif isinstance(layer, nn.Conv2d):
-                weight, depthwise = layer.weight, layer.groups > 1
-                double = weight.repeat(2, 1, 1, 1) if depthwise else weight.repeat(2, 2, 1, 1)
-                if not depthwise:
-                    outputs, inputs = weight.shape[:2]
-                    double[:outputs, inputs:] = 0
-                    double[outputs:, :inputs] = 0
-                layer.weight = nn.Parameter(double, requires_grad=False)
-                layer.groups *= 2 if depthwise else 1
-                if layer.bias is not None:
-                    layer.bias = nn.Parameter(layer.bias.repeat(2), requires_grad=False)
+        mixes = list(self.block1[1:].children())
+        for block in self.hidden_blocks:
+            assert isinstance(block, nn.Sequential) and isinstance(block[0], BoundedDepthwise)
+            block[0] = block[0].repeated(2)
+            mixes.append(block[3])
+        for layer in mixes:
+            if isinstance(layer, nn.Conv2d):
+                weight = layer.weight[:, :, 0, 0]
+                layer.weight = nn.Parameter(torch.block_diag(weight, weight)[:, :, None, None], requires_grad=False)
+                assert layer.bias is not None
+                layer.bias = nn.Parameter(layer.bias.repeat(2), requires_grad=False)
 
     def forward(self, features: Tensor, context: Tensor | None) -> list[Tensor]:
         """Features [B, C, H, W], what the coarser scale adds to their first convolution [B, hidden, h, w] -> the hidden
@@ -137,33 +135,15 @@ class Decoder(nn.Module):
         last[3] = nn.Identity()
 
 
-class AtLeast(nn.Module):
-    """Maximum of each channel and a constant of its own."""
-
-    def __init__(self, least: Tensor) -> None:
-        """least: [C]."""
-        super().__init__()
-        self.least = nn.Parameter(least[:, None, None].clone(), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.maximum(x, self.least)
-
-
 @torch.no_grad()
 def shift_bias(block: nn.Module) -> None:
-    """Take the bias out of a depthwise convolution that is followed by (identity,) ReLU and a 1x1 convolution.
-
-    W relu(x + b) + c = W max(x, -b) + (W b + c): equal, and one operation less. cuDNN's fast depthwise kernels add no
-    bias: with one, it takes a kernel three times as slow, or another pass over the map.
-    """
+    """Move the bias of the depthwise convolution of a block into the 1x1 convolution after it: see BoundedDepthwise."""
     assert isinstance(block, nn.Sequential)
     depthwise, mix = block[0], block[3]
     assert isinstance(depthwise, nn.Conv2d) and isinstance(mix, nn.Conv2d) and isinstance(block[2], nn.ReLU)
     assert depthwise.bias is not None and mix.bias is not None
-    bias = depthwise.bias
-    mix.bias.add_((mix.weight[:, :, 0, 0].double() @ bias.double()).to(mix.bias.dtype))
-    block[2] = AtLeast(-bias)
-    depthwise.bias = None
+    mix.bias.add_((mix.weight[:, :, 0, 0].double() @ depthwise.bias.double()).to(mix.bias.dtype))
+    block[0], block[2] = BoundedDepthwise(depthwise.weight, -depthwise.bias), nn.Identity()
 
 
 def upsample(x: Tensor, like: Tensor, *, products: bool) -> Tensor:

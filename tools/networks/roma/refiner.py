@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from matchanything_tools.networks.depthwise import BoundedDepthwise
 from matchanything_tools.networks.roma.correlation import local_correlation
 from matchanything_tools.networks.roma.grids import pixel_grid
 
@@ -106,7 +107,7 @@ class ConvRefiner(nn.Module):
             own = own + mix @ bias
             bound[self.inputs] = 1.0
             mix[:, self.inputs] = own
-            baked.append(_Depthwise(weight.repeat(2, 1, 1, 1), bound.repeat(2)))
+            baked.append(BoundedDepthwise(weight, bound).repeated(2))
             if block is blocks[-1]:
                 baked.append(_Head(torch.block_diag(mix, mix)))
             else:  # a product 64 wide is at the speed of memory, one 32 wide is not
@@ -126,18 +127,6 @@ class ConvRefiner(nn.Module):
         shape = list(tensor.shape)
         shape[axis] = count
         return torch.cat((head, tensor.new_zeros(shape), tail), axis)
-
-
-class _Depthwise(nn.Module):
-    """5x5 convolution of each channel without a bias, with which cuDNN runs it at half the speed, and a lower bound."""
-
-    def __init__(self, weight: torch.Tensor, bound: torch.Tensor) -> None:
-        super().__init__()
-        self.weight = _constant(weight)
-        self.bound = _constant(bound.reshape(1, -1, 1, 1))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.maximum(F.conv2d(x, self.weight, padding=2, groups=len(self.weight)), self.bound)
 
 
 class _Mix(nn.Module):
