@@ -65,7 +65,7 @@ class Roma(nn.Module):
         """Make it ready for export, with a first pass at this size: norms folded, widths padded, tables fixed.
 
         dtype float16: the encoders, the transformer and the convolutions of the refiners become fp16. The Gaussian
-        process, the last layer of each head, coordinates, flow and certainty stay in fp32.
+        process, coordinates, flow and certainty stay in fp32; the last layer of each head is as exact as there.
         """
         fold_batch_norms(self)
         self.dinov2.bake(height, width).to(dtype)
