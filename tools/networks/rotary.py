@@ -32,6 +32,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], 3).flatten(2)
 
 
+def rotated(weight: torch.Tensor) -> torch.Tensor:
+    """Rows (a, b) of every pair of channels -> (-b, a): the part of a rotation that the sine multiplies."""
+    pairs = weight.reshape(-1, 2, weight.shape[1])
+    return torch.stack([-pairs[:, 1], pairs[:, 0]], 1).reshape(weight.shape)
+
+
 @script(Opset(DOMAIN, 1), default_opset=op)
 def RotaryEmbedding(input, positions, cos, sin, interleaved: int, num_heads: int):  # type: ignore[no-untyped-def]
     pairs = op.Reshape(input, op.Constant(value_ints=[0, 0, -1, 2]))

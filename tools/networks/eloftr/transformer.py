@@ -143,9 +143,3 @@ def _upsampled(message: Tensor, grid: Grid) -> Tensor:
     coarse = message.reshape(batch, grid.rows, grid.columns, width).permute(0, 3, 1, 2)
     fine = F.interpolate(coarse, scale_factor=float(BLOCK), mode="bilinear", align_corners=False)
     return to_blocks(fine, grid.rows, grid.columns).reshape(-1, width)
-
-
-def rotated(weight: Tensor) -> Tensor:
-    """Rows (a, b) of every pair of channels -> (-b, a): the part of a rotation that the sine multiplies."""
-    pairs = weight.reshape(-1, 2, weight.shape[1])
-    return torch.stack([-pairs[:, 1], pairs[:, 0]], 1).reshape(weight.shape)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from matchanything_tools.networks.attention import attention, norm_by_rows
-from matchanything_tools.networks.eloftr.transformer import rotated
 from matchanything_tools.networks.kestrel.blocks import AggregatedAttention, rotary_table
 from matchanything_tools.networks.products import transposed_matmul
+from matchanything_tools.networks.rotary import rotated
 
 BLOCK = 4  # cells per side of what attention works on
 Table = tuple[Tensor, Tensor]  # cosines and sines
