@@ -113,13 +113,15 @@ class OnnxRuntimeEngine:
                 self._binding.bind_output(output.name, "cuda", 0)
 
     def _open_cuda(self, wants_graph: bool, required: bool) -> Any:
-        # use_tf32=0 would bar cuDNN from every tensor-core kernel, also those of fp16 (measured: 5 times slower). So it
-        # is allowed here and forbidden one level below, where NVIDIA's libraries keep fp32 products in fp32.
+        # In fp16, use_tf32=0 would bar cuDNN from every tensor-core kernel (measured: 5 times slower). So it is allowed
+        # there and forbidden one level below, where NVIDIA's libraries keep products of fp32 in fp32; unless something
+        # else in this process, such as PyTorch, has loaded them before.
+        half = self.bundle.manifest.precision == "fp16"
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
         common = {
             "device_id": "0",
             "cudnn_conv_algo_search": "EXHAUSTIVE",
-            "use_tf32": "1",
+            "use_tf32": "1" if half else "0",
             "enable_skip_layer_norm_strict_mode": "1",  # otherwise fused layer norms sum in fp16 and overflow
             "prefer_nhwc": "1",
             "fuse_conv_bias": "1",  # otherwise a slow kernel of cuDNN adds each bias (measured: a third of the time)
