@@ -1,7 +1,7 @@
 """Resizing an image as the networks' authors do, with numpy and OpenCV only.
 
 Area and plain (not antialiased) linear and cubic resizing are OpenCV's. The antialiased kernels of PyTorch and PIL,
-which OpenCV lacks, are two small constant matrices, one for the rows and one for the columns: exact, and cached.
+which OpenCV lacks, are two constant matrices, one for the rows and one for the columns: exact. Their bands are cached.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ def resize(image: Array, height: int, width: int, interpolation: str) -> Array:
     return np.asarray(cv2.resize(image, (width, height), interpolation=flag), np.float32)
 
 
-@lru_cache(maxsize=32)
 def resize_matrix(source: int, target: int, kernel: str) -> Array:
     """The matrix [target, source] that resizes one axis with an antialiased kernel ("bicubic_antialias" or "lanczos").
 
@@ -64,7 +63,6 @@ def resize_matrix(source: int, target: int, kernel: str) -> Array:
         x = np.asarray((np.arange(first, last) - centre + 0.5) / stretch, np.float64)
         weights = _lanczos(x) if kernel == "lanczos" else _cubic(x, -0.5)
         matrix[row, first:last] = weights / weights.sum()
-    matrix.setflags(write=False)
     return matrix.astype(np.float32)
 
 

@@ -18,12 +18,12 @@ import numpy as np
 
 from matchanything_ros.bundle import Bundle, load_bundle
 from matchanything_ros.engines import BACKENDS
-from matchanything_ros.engines.parity import Parity, compare, load_golden
+from matchanything_ros.engines.parity import Parity, check_run
 from matchanything_ros.errors import UserError
 from matchanything_ros.preprocess import Image
 from matchanything_tools import machine
 from matchanything_tools.contenders import MODES, STAGES, BundleContender, Contender, Opener, TorchContender, measure
-from matchanything_tools.validate import golden_images, network_inputs, read_images
+from matchanything_tools.validate import golden_images, read_images
 
 BLOCK = 5  # pairs in a row: more than one, so that caches are as warm as on a robot; few, so that all see the same load
 
@@ -108,10 +108,7 @@ def take_turns(
 
 def against_golden(contender: Contender) -> Parity:
     """The contender on the golden images of its bundle. (It is asked last: another image size may take memory.)"""
-    bundle = contender.bundle
-    golden = load_golden(bundle)
-    outputs, _ = contender.run(network_inputs(bundle, golden["image0"], golden["image1"])[0])
-    return compare(golden, outputs, bundle.manifest.score_threshold, bundle.manifest.precision)
+    return check_run(contender.bundle, lambda inputs: contender.run(inputs)[0])
 
 
 def drawn_images(bundle: Bundle) -> tuple[Image, Image]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +46,15 @@ class Parity:
 
 def check_parity(engine: Engine) -> Parity:
     """Run the golden images of the engine's bundle and compare. Raises UserError if the bundle has no golden result."""
-    bundle = engine.bundle
+    return check_run(engine.bundle, engine.run)
+
+
+def check_run(bundle: Bundle, run: Callable[[dict[str, npt.NDArray[np.float32]]], Arrays]) -> Parity:
+    """The same for whatever runs a bundle's network: inputs by name in, outputs by name out."""
     golden = load_golden(bundle)
     images = (golden["image0"], golden["image1"])
     inputs = {s.name: prepare(images[s.image], bundle.manifest.preprocess, s)[0] for s in bundle.manifest.inputs}
-    outputs = engine.run(inputs)
-    return compare(golden, outputs, bundle.manifest.score_threshold, bundle.manifest.precision)
+    return compare(golden, run(inputs), bundle.manifest.score_threshold, bundle.manifest.precision)
 
 
 def warn_if_wrong(engine: Engine) -> None:
