@@ -1,7 +1,8 @@
 """`matchanything bench`: speed and memory by stage, of bundles in backends and of the networks that they came from.
 
 The compared things take turns, a few pairs each, so that what slows the machine down slows all of them: ratios hold
-where single figures do not. Speed of wrong results is worth nothing: each is compared with the golden result, too.
+where single figures do not. Each has a process of its own, as on a robot. Speed of wrong results is worth nothing: each
+is compared with the golden result, too.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import numpy as np
 
 from matchanything_ros.bundle import Bundle, load_bundle
 from matchanything_ros.engines import BACKENDS
-from matchanything_ros.engines.parity import Parity, check_run
 from matchanything_ros.errors import UserError
 from matchanything_ros.preprocess import Image
 from matchanything_tools import machine
-from matchanything_tools.contenders import MODES, STAGES, BundleContender, Contender, Opener, TorchContender, measure
+from matchanything_tools.bench_process import Apart
+from matchanything_tools.contenders import MODES, STAGES, BundleContender, Opener, Times, TorchContender
 from matchanything_tools.validate import golden_images, read_images
 
 BLOCK = 5  # pairs in a row: more than one, so that caches are as warm as on a robot; few, so that all see the same load
@@ -58,15 +59,12 @@ def run(args: argparse.Namespace) -> int:
         openers += [(bundle, partial(BundleContender, bundle, backend)) for backend in args.backend]
     images = {bundle.onnx: read_images(args.images) if args.images else drawn_images(bundle) for bundle in bundles}
     report = {"machine": machine.describe(), "runs": args.runs, "results": []}
-    contenders: list[Contender] = []
+    contenders: list[Apart] = []
     try:
-        memory = []
         for bundle, opener in openers:
-            contender, used = opened(opener, images[bundle.onnx], max(args.warm_up, 1))
-            contenders.append(contender)
-            memory.append(used)
-        times = take_turns(contenders, images, args.runs)
-        parities = [against_golden(contender) for contender in contenders]
+            contenders.append(Apart(bundle, opener, images[bundle.onnx], max(args.warm_up, 1)))
+        times = take_turns(contenders, args.runs)
+        parities = [contender.against_golden() for contender in contenders]
     finally:
         for contender in contenders:
             contender.close()
@@ -74,41 +72,21 @@ def run(args: argparse.Namespace) -> int:
     first = {bundle.onnx: next(c.name for c in contenders if c.bundle is bundle) for bundle in bundles}
     for index, contender in enumerate(contenders):
         base = times[[c.name for c in contenders].index(first[contender.bundle.onnx])]
-        entry = result(contender, times[index], base, memory[index])
+        entry = result(contender, times[index], base)
         report["results"].append({**entry, "golden": parities[index].as_dict()})
     print(table(report))
     args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def opened(opener: Opener, images: tuple[Image, Image], warm_up: int) -> tuple[Contender, dict[str, float | None]]:
-    """Open and warm up; also the MiB that this took at its peak on the host, and holds on the device."""
-    before, host = machine.device_memory_used(), machine.HostMemory()
-    contender = opener()
-    for _ in range(warm_up):
-        measure(contender, *images)
-    after = machine.device_memory_used()
-    device = None if before is None or after is None else (after - before) / 2**20
-    return contender, {"device_mib": device, "host_peak_mib": host.peak() / 2**20}
-
-
-def take_turns(
-    contenders: list[Contender], images: dict[Path, tuple[Image, Image]], runs: int
-) -> list[list[dict[str, float]]]:
+def take_turns(contenders: list[Apart], runs: int) -> list[list[Times]]:
     """`runs` measurements of each, in blocks; the order turns, so that nobody always follows the same one."""
-    times: list[list[dict[str, float]]] = [[] for _ in contenders]
+    times: list[list[Times]] = [[] for _ in contenders]
     for turn in range(-(-runs // BLOCK)):
         for offset in range(len(contenders)):
             index = (turn + offset) % len(contenders)
-            contender = contenders[index]
-            for _ in range(min(BLOCK, runs - len(times[index]))):
-                times[index].append(measure(contender, *images[contender.bundle.onnx]))
+            times[index] += contenders[index].measure(min(BLOCK, runs - len(times[index])))
     return times
-
-
-def against_golden(contender: Contender) -> Parity:
-    """The contender on the golden images of its bundle. (It is asked last: another image size may take memory.)"""
-    return check_run(contender.bundle, lambda inputs: contender.run(inputs)[0])
 
 
 def drawn_images(bundle: Bundle) -> tuple[Image, Image]:
@@ -121,9 +99,7 @@ def drawn_images(bundle: Bundle) -> tuple[Image, Image]:
     return scaled[0], scaled[1]
 
 
-def result(
-    contender: Contender, times: list[dict[str, float]], base: list[dict[str, float]], memory: dict[str, float | None]
-) -> dict[str, Any]:
+def result(contender: Apart, times: list[Times], base: list[Times]) -> dict[str, Any]:
     """Statistics of one contender, and how many times faster it is than the first one of the same bundle."""
     columns: dict[str, list[float]] = defaultdict(list)
     for row in times:
@@ -148,7 +124,7 @@ def result(
         "precision": contender.bundle.manifest.precision,
         "stages": stages,
         "speedup": speedup,
-        **memory,
+        **contender.memory,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import os
 import platform
@@ -44,16 +45,26 @@ def gpu() -> dict[str, str] | None:
 
 
 def device_memory_used() -> int | None:
-    """Bytes in use on the first GPU, by everybody; None without PyTorch or without a GPU."""
+    """Bytes in use on the first GPU, by everybody; None without a GPU.
+
+    Asked of the driver in the device's primary context, which ONNX Runtime, PyTorch and pycuda share; the first call
+    makes it, so that differences of two calls leave out what the context itself takes.
+    """
     try:
-        import torch
-    except ImportError:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
         return None
-    if not torch.cuda.is_available():
-        return None
-    torch.cuda.synchronize()
-    free, total = torch.cuda.mem_get_info()
-    return int(total - free)
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    failed = (
+        cuda.cuInit(0)
+        or cuda.cuDeviceGet(ctypes.byref(device), 0)
+        or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+        or cuda.cuCtxPushCurrent_v2(context)
+        or cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+        or cuda.cuCtxPopCurrent_v2(ctypes.byref(context))
+    )
+    return None if failed else total.value - free.value
 
 
 class HostMemory:
