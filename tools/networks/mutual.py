@@ -16,7 +16,6 @@ from torch import Tensor
 from matchanything_tools.networks.maxima import largest
 from matchanything_tools.networks.topk import topk
 
-NEVER = 1e4  # a logarithm: exp(-1e4) is 0
 CRITERIA = ("dual_softmax", "mutual", "ratio")
 
 
@@ -63,22 +62,22 @@ def match(
 def _dual_softmax(
     descriptors0: Tensor, descriptors1: Tensor, valid0: Tensor, valid1: Tensor, inverse_temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Partners and probabilities [K0] of mutual matches, in logarithms: few passes over the matrix of all pairs."""
+    """Partners and probabilities [K0] of mutual matches, by square roots: few passes over the matrix of all pairs."""
     logits = (descriptors0.float() * inverse_temperature) @ descriptors1.float().transpose(0, 1)
     # No search for a maximum: a logit is at most the inverse temperature, and e^20 is no large number. Sums are
     # products with vectors, for which ONNX Runtime has faster kernels than for reductions; padding has no weight.
     exponential = torch.exp(logits)
-    weight0, weight1 = valid0.to(logits.dtype).unsqueeze(0), valid1.to(logits.dtype).unsqueeze(1)
-    rows = torch.log((exponential @ weight1).clamp(min=1e-30)) + (1 - weight0.transpose(0, 1)) * NEVER
-    columns = torch.log((weight0 @ exponential).clamp(min=1e-30)) + (1 - weight1.transpose(0, 1)) * NEVER
-    # (e^l / sum of the row) (e^l / sum of the column) is the exponential of twice this
-    partner, half = _mutual(logits - rows / 2 - columns / 2)
-    return partner, torch.exp(2 * half)
+    weight0, weight1 = valid0.to(logits.dtype), valid1.to(logits.dtype)
+    rows = (exponential @ weight1.unsqueeze(1)).clamp(min=1e-30).sqrt()
+    columns = (weight0.unsqueeze(0) @ exponential).clamp(min=1e-30).sqrt()
+    # (e / sum of the row) (e / sum of the column) is the square of this
+    partner, root = _mutual(exponential * (weight0.unsqueeze(1) / rows) * (weight1.unsqueeze(0) / columns))
+    return partner, root * root
 
 
 def _mutual(similarity: Tensor) -> tuple[Tensor, Tensor]:
-    """The best columns [K0] of the rows, and their similarity, or minus NEVER if another row is better for them."""
+    """The best columns [K0] of the rows, and their similarity, or 0 if another row is better for them."""
     partner = similarity.argmax(dim=1)  # 9 us for 2000 x 2000 on an H200, where maxima and comparisons took 58
     best = similarity.gather(1, partner.unsqueeze(1)).squeeze(1)
     others = largest(similarity, -2).squeeze(0).index_select(0, partner)
-    return partner, torch.where(best >= others, best, torch.full_like(best, -NEVER))
+    return partner, torch.where(best >= others, best, torch.zeros_like(best))

@@ -39,16 +39,17 @@ class SparsePair(nn.Module):
         """Images [1, 3, H, W] in [0, 1] -> keypoints0, keypoints1 [max_matches, 2], scores [max_matches]."""
         if self.one_batch:
             keypoints, scores, descriptors = self.features(torch.cat((image0, image1)))
-            (keypoints0, keypoints1), (scores0, scores1) = keypoints.unbind(), scores.unbind()
+            (keypoints0, keypoints1), (valid0, valid1) = keypoints.unbind(), (scores > 0).unbind()
             descriptors0, descriptors1 = descriptors.unbind()
         else:
             keypoints0, scores0, descriptors0 = (x[0] for x in self.features(image0))
             keypoints1, scores1, descriptors1 = (x[0] for x in self.features(image1))
+            valid0, valid1 = scores0 > 0, scores1 > 0
         index0, index1, scores = match(
             descriptors0,
             descriptors1,
-            scores0 > 0,
-            scores1 > 0,
+            valid0,
+            valid1,
             criterion=self.criterion,
             max_matches=self.max_matches,
         )

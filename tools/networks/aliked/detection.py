@@ -23,13 +23,13 @@ def suppress(scores: Tensor) -> Tensor:
     for _ in range(2):
         rest = torch.where(_max5(kept) > 0, nothing, scores)
         kept = kept + torch.where(rest == _max5(rest), rest, nothing)
-    inner = torch.ones_like(scores[:1, :, RADIUS:-RADIUS, RADIUS:-RADIUS])
+    inner = torch.ones_like(scores[..., RADIUS:-RADIUS, RADIUS:-RADIUS])  # of every image: a plain product is cheaper
     return kept * F.pad(inner, [RADIUS] * 4)
 
 
-def select(maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of the suppressed map [B, 1, H, W]: scores [B, k], best first, 0 where there are fewer, and their
-    pixels y W + x [B, k] int64.
+def select(maxima: Tensor, k: int, *, ordered: bool = True) -> tuple[Tensor, Tensor]:
+    """The k best of the suppressed map [B, 1, H, W]: scores [B, k], best first if `ordered`, 0 where there are fewer,
+    and their pixels y W + x [B, k] int64, at least 2 px inside, padding too.
 
     Two maxima are at least 3 px apart (equal neighbours excepted, of which one is taken), so each 3x3 block holds at
     most one and the search is over a ninth of the pixels. The place of a block's maximum is found by pooling, too: that
@@ -38,23 +38,24 @@ def select(maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
     height, width = maxima.shape[2:]
     row, column = (torch.arange(n, dtype=torch.float32, device=maxima.device) for n in (height, width))
     numbers = row.unsqueeze(1) * width + column
-    places = torch.where(maxima > 0, numbers, torch.zeros_like(numbers))
-    highest, places = (F.max_pool2d(x, 3, stride=3, ceil_mode=True).flatten(1) for x in (maxima, places))
+    first = torch.full((), RADIUS * width + RADIUS, dtype=torch.float32, device=maxima.device)  # what padding gets
+    places = torch.where(maxima > 0, numbers, first)
+    highest, places = (_rows(F.max_pool2d(x, 3, stride=3, ceil_mode=True)) for x in (maxima, places))
     blocks = highest.shape[1]
     if not isinstance(blocks, int) or blocks < k:
-        highest, places = (F.pad(x, (0, k)) for x in (highest, places))
-    scores, block = topk(highest, k)
+        highest, places = F.pad(highest, (0, k)), torch.maximum(F.pad(places, (0, k)), first)
+    scores, block = topk(highest, k, ordered=ordered)
     return scores, places.gather(1, block).to(torch.int64)
 
 
 def refine(scores: Tensor, pixels: Tensor) -> Tensor:
-    """Sub-pixel positions [B, K, 2] float32 by a softmax over the 5x5 window of the score map around `pixels`."""
-    height, width = scores.shape[2:]
+    """Sub-pixel positions [B, K, 2] float32 by a softmax over the 5x5 window of the score map around `pixels`, which
+    are 2 px inside."""
+    width = scores.shape[3]
     window = pixel_grid(5, 5, scores.device).reshape(25, 2) - RADIUS
     steps = (window[:, 1] * width + window[:, 0]).to(torch.int64)
-    around = (pixels.unsqueeze(2) + steps).clamp(min=0)  # only padding, at pixel 0, reaches out of the map
-    around = torch.minimum(around, torch.full((), height * width - 1, dtype=torch.int64, device=scores.device))
-    values = scores.flatten(1).gather(1, around.flatten(1)).reshape(around.shape)
+    around = pixels.unsqueeze(2) + steps
+    values = _rows(scores).gather(1, around.flatten(1)).reshape(around.shape)
     y, x = quotient(pixels, width)
     centre = torch.stack((x, y), dim=2).float()
     return centre + torch.softmax(values / TEMPERATURE, dim=2) @ window
@@ -65,23 +66,28 @@ def detect(scores: Tensor, k: int, threshold: float | None) -> tuple[Tensor, Ten
 
     Args:
         k: how many at most.
-        threshold: None takes the k best; otherwise only those above it (above the mean score, as the original does,
-            if no pixel is).
+        threshold: None takes the k best, in any order, which is cheaper; otherwise only those above it (above the mean
+            score, as the original does, if no pixel is), best first.
 
     Returns:
-        keypoints [B, k, 2] pixels (x, y), and their scores [B, k]: order by the score of the maximum's pixel, value
-        sampled at the refined position; 0 marks padding.
+        keypoints [B, k, 2] pixels (x, y), and their scores [B, k]: chosen and in order by the score of the maximum's
+        pixel, value sampled at the refined position; 0 marks padding.
     """
-    peak, pixels = select(suppress(scores), k)
+    peak, pixels = select(suppress(scores), k, ordered=threshold is not None)
     valid = peak > 0
     if threshold is not None:
         mean = scores.mean(dim=(1, 2, 3)).unsqueeze(1)
         any_above = peak[:, :1] > threshold
         valid = valid & (peak > torch.where(any_above, torch.full_like(mean, threshold), mean))
     keypoints = refine(scores, pixels)
-    value = sample(scores, keypoints.unsqueeze(1)).flatten(1)
+    value = _rows(sample(scores, keypoints.unsqueeze(1)))
     return keypoints, torch.where(valid, value, torch.zeros_like(value))
 
 
 def _max5(x: Tensor) -> Tensor:
     return F.max_pool2d(x, 2 * RADIUS + 1, stride=1, padding=RADIUS)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Maps [B, 1, H, W] as [B, H W], said to be channels last, as which ONNX Runtime pools and samples: no copy."""
+    return x.permute(0, 2, 3, 1).flatten(1)
