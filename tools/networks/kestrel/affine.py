@@ -54,8 +54,8 @@ def local_affine(
     solution, _ = _solve(moments[-1:] + WHOLE_PRIOR * diagonal)
     # The prior: its map times its weight in the place of the mixed moments, its weight on the diagonal.
     swap = torch.tensor([(UX, UY, VX, VY).index(k) if k >= UX else 0 for k in MOMENTS], device=partner.device)
-    mixed = torch.tensor([float(k >= UX) for k in MOMENTS], device=partner.device)
-    prior = (solution.index_select(1, swap) * mixed + diagonal) * (PRIOR * highest.clamp(min=1e-6))
+    mixed = torch.tensor([PRIOR * (k >= UX) for k in MOMENTS], device=partner.device)
+    prior = (solution.index_select(1, swap) * mixed + PRIOR * diagonal) * highest.clamp(min=1e-6)
     affine, area = _solve(moments + prior)
     return affine[:-1], area[:-1]
 

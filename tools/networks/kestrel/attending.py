@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 from matchanything_tools.networks.attention import attention, norm_by_rows
 from matchanything_tools.networks.kestrel.blocks import AggregatedAttention, rotary_table
 from matchanything_tools.networks.products import transposed_matmul
-from matchanything_tools.networks.rotary import rotated
+from matchanything_tools.networks.rotary import rotate, rotated
 
 BLOCK = 4  # cells per side of what attention works on
 Table = tuple[Tensor, Tensor]  # cosines and sines
@@ -21,8 +21,7 @@ class Grid(NamedTuple):
     """Constants for maps [B, H, W, C] whose size is known when the graph is made.
 
     upsampling [B, H W / 16, H W]: `enlarge` of [B, H W / 16, C] as one product with it, transposed. sums
-    [B H / 4, W / 4, 4 W]: of each block of four rows. turns: cosines and sines [B, H W / 16, 2 C] and the matrix that
-    adds the two halves [2 C, C].
+    [B H / 4, W / 4, 4 W]: of each block of four rows. turns: cosines and sines [H W / 16, C / 2].
     """
 
     upsampling: Tensor
@@ -31,7 +30,8 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> Grid:
-        batch, height, width, dim = x.shape
+        batch, height, width, _ = x.shape
+        cosine, sine = table(x)
         rows, columns = (
             interpolation(length // BLOCK, BLOCK, torch.empty(0, device=x.device)).T for length in (height, width)
         )
@@ -41,7 +41,7 @@ class Grid(NamedTuple):
         return cls(
             upsampling.to(x.dtype).expand(batch, -1, -1),
             sums.to(x.dtype).expand(batch * height // BLOCK, -1, -1),
-            (torch.cat(table(x), 1).expand(batch, -1, -1), torch.eye(dim, dtype=x.dtype, device=x.device).repeat(2, 1)),
+            (cosine[:, ::2], sine[:, ::2]),
         )
 
 
@@ -127,8 +127,8 @@ class FixedAttention(Attention):
 
     def keep_projections(self, query: Tensor, key: Tensor, value: Tensor, turns: bool) -> None:
         # Each by itself: to take a product apart again takes longer than one more product.
-        self.keep("to_query", torch.cat((query, rotated(query))).T if turns else query.T)
-        self.keep("to_key", torch.cat((key, rotated(key))).T if turns else key.T)
+        self.keep("to_query", query.T)
+        self.keep("to_key", key.T)
         self.keep("to_value", value.T)
 
     def maxima(self, source: Tensor) -> Tensor:
@@ -148,8 +148,7 @@ class FixedAttention(Attention):
     def projections(self, query: Tensor, source: Tensor, table: Table | None) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = query @ self.to_query, source @ self.to_key, source @ self.to_value
         if table is not None:
-            factors, sums = table
-            query, key = (query * factors) @ sums, (key * factors) @ sums
+            query, key = rotate(query, *table), rotate(key, *table)
         return query, key, value
 
     def enlarged(self, message: Tensor, height: int, width: int, grid: Grid | None) -> Tensor:

@@ -135,9 +135,11 @@ class FixedEncoder(Encoder):
         return rows.reshape(*images.shape[:1], *images.shape[2:], 1).permute(0, 3, 1, 2)
 
     def normalised(self, x: Tensor) -> Tensor:
-        rows = x.permute(0, 2, 3, 1)
-        squares = (rows * rows) @ rows.new_ones(rows.shape[3], 1)
-        return (rows / (squares + 1e-2).sqrt()).permute(0, 3, 1, 2)
+        # As a matrix: where only one axis is shared by all columns, ONNX Runtime divides in less than half the time.
+        pixels = x.permute(0, 2, 3, 1)
+        rows = pixels.reshape(-1, x.shape[1])
+        squares = (rows * rows) @ rows.new_ones(x.shape[1], 1)
+        return (rows / (squares + 1e-2).sqrt()).reshape(pixels.shape).permute(0, 3, 1, 2)
 
     def merged(self, x1: Tensor, x2: Tensor, tokens: Tensor) -> Tensor:
         fine = _double_by_products(self.lateral3(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))

@@ -108,7 +108,7 @@ def dual_softmax(descriptors: list[Tensor], matchable: list[Tensor]) -> tuple[Te
         highest = logarithm.reshape(1, height0, width0, -1).permute(0, 3, 1, 2)
         for window in ((1, width0), (BLOCK, 1), (height0 // BLOCK, 1)):  # pooling, where GPUs reduce slowly
             highest = F.max_pool2d(highest, window)
-        highest = highest.flatten()
+        highest = highest.permute(0, 2, 3, 1).flatten()
     else:
         # In two steps, which on a CPU are faster than an argmax over all: the best row of image 1, the best in it.
         count = logarithm.shape[0]
@@ -118,8 +118,8 @@ def dual_softmax(descriptors: list[Tensor], matchable: list[Tensor]) -> tuple[Te
         chosen = table.flatten(0, 1).index_select(0, among)
         partner, best = row * width1 + chosen.argmax(1), chosen.amax(1)
         highest = logarithm.reshape(height0, width0, -1).amax(1).amax(0)
-    mutual = best >= highest.index_select(0, partner)
-    return torch.where(mutual, best, torch.full_like(best, NEVER)), partner
+    better = (highest.index_select(0, partner) - best).bool()  # a comparison of fp16 would be exported with casts
+    return torch.where(better, torch.full_like(best, NEVER), best), partner
 
 
 def _each(x: list[Tensor]) -> tuple[Tensor, Tensor]:
