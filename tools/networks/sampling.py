@@ -44,17 +44,21 @@ def sample(features: Tensor, positions: Tensor, offsets: Tensor | None = None) -
 
 
 def read(maps: list[Tensor], pixels: Tensor) -> list[Tensor]:
-    """Maps [B, C, H, W] of one size at whole pixels (x, y) [B, ..., 2] inside of it (float32) -> [B, ..., C] of each.
+    """Maps [B, C, H, W] of one size at whole pixels (x, y) [B, ..., 2] inside (float32) -> [B, ..., C] of each."""
+    x, y = pixels.split(1, dim=-1)
+    return [rows.reshape(*pixels.shape[:-1], rows.shape[1]) for rows in read_rows(maps, x, y)]
+
+
+def read_rows(maps: list[Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
+    """The same with x and y [B, ...], which are broadcast to P pixels of each image -> rows [B P, C] of each map.
 
     As rows of the maps in channels-last order, in which convolutions leave them on a GPU.
     """
     batch, _, height, width = maps[0].shape
-    image = torch.arange(batch, dtype=torch.float32, device=pixels.device).reshape(-1, *[1] * (pixels.dim() - 1))
-    x, y = pixels.split(1, dim=-1)
-    index = y * width + x + image * (height * width)  # exact: float32 holds whole numbers up to 2^24
+    image = torch.arange(batch, dtype=torch.float32, device=x.device).reshape(-1, *[1] * (y.dim() - 1))
+    index = y * width + image * (height * width) + x  # exact: float32 holds whole numbers up to 2^24
     index = index.flatten().to(torch.int64)
-    rows = [each.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, index) for each in maps]
-    return [values.reshape(*pixels.shape[:-1], values.shape[1]) for values in rows]
+    return [each.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, index) for each in maps]
 
 
 class DeformableConv3x3(nn.Module):

@@ -38,12 +38,9 @@ class DescriptorHead(nn.Module):
         assert first.bias is not None
         patches = features.at(around).to(dtype).reshape(batch * count, 9 * dim)
         hidden = F.selu(torch.addmm(first.bias, patches, first.weight.permute(2, 3, 1, 0).reshape(9 * dim, -1)))
-        # Published as all x, then all y: made (x, y) of each position, which is then a view of the product.
-        weight, bias = (
-            x.unflatten(0, (2, positions)).transpose(0, 1).flatten(0, 1) for x in (second.weight, second.bias)
-        )
-        offsets = torch.addmm(bias, hidden, weight.flatten(1).T).float().clamp(-limit, limit)
-        sampled = features.between(keypoints.unsqueeze(2) + offsets.reshape(batch, count, positions, 2)).to(dtype)
+        offsets = torch.addmm(second.bias, hidden, second.weight.flatten(1).T).float().clamp(-limit, limit)
+        around = keypoints.unsqueeze(3) + offsets.reshape(batch, count, 2, positions)  # all x, then all y
+        sampled = features.between(around.transpose(2, 3)).to(dtype)
         sampled = F.selu(F.linear(sampled, self.sf_conv.weight.flatten(1)))  # [B, K, M, dim]
         descriptors = (sampled.flatten(2) @ self.agg_weights.flatten(0, 1)).float()
         return descriptors / lengths(descriptors)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from matchanything_tools.networks.lengths import lengths, lengths_in_blocks
-from matchanything_tools.networks.sampling import pixel_grid, read, sample
+from matchanything_tools.networks.sampling import pixel_grid, read_rows, sample
 from matchanything_tools.networks.upsampling import upsampled_sum
 
 
@@ -91,34 +91,43 @@ class ReadFeatures:
             self._full, self._low = groups[:1], groups[1:]
 
     def at(self, pixels: Tensor) -> Tensor:
+        inside = self._window.holds(pixels).reshape(-1, 1)
+        x, y = torch.minimum(torch.maximum(pixels, self._window.first), self._window.last).split(1, dim=3)
         # As a matrix, for whose rows ONNX Runtime has a faster kernel than for broadcasting along any other axis.
-        rows = self._read(pixels)
-        weights = self._window.holds(pixels).reshape(-1, 1) / lengths(rows)
-        return (rows * weights.to(rows.dtype)).reshape(*pixels.shape[:3], -1)
+        rows = self._read(x, y)
+        return (rows * (inside / lengths(rows)).to(rows.dtype)).reshape(*pixels.shape[:3], -1)
 
     def between(self, positions: Tensor) -> Tensor:
         batch, count, number = positions.shape[:3]
-        positions = positions.unsqueeze(3)
-        corners = positions.floor() + pixel_grid(2, 2, positions.device).reshape(4, 2)
-        x, y = (1 - (corners - positions).abs()).split(1, dim=4)
-        corners = corners.reshape(batch, count, number * 4, 2)
-        rows = self._read(corners).unflatten(0, (batch * count, number * 4))
-        weights = (x * y).reshape(batch, count, -1) * self._window.holds(corners).squeeze(1)
-        weights = (weights.reshape(batch * count, -1) / lengths_in_blocks(rows)).to(rows.dtype)
+        positions = positions.transpose(2, 3)  # all x, then all y, as the offsets come: taken apart at little cost
+        first, last = (edge.reshape(2, 1, 1) for edge in (self._window.first, self._window.last))
+        # The two columns and the two rows around each sample, and what of it is theirs: nothing outside the window.
+        corners = positions.floor().unsqueeze(4) + torch.arange(2, dtype=torch.float32, device=positions.device)
+        nearest = torch.minimum(torch.maximum(corners, first), last)
+        shares = 1 - (corners - positions.unsqueeze(4)).abs()
+        shares = torch.where(nearest == corners, shares, shares.new_zeros(()))
+        x, y, across, down = (half.squeeze(2) for both in (nearest, shares) for half in both.split(1, dim=2))
+        rows = self._read(x.unsqueeze(3), y.unsqueeze(4)).unflatten(0, (batch * count, number * 4))
+        weights = (across.unsqueeze(3) * down.unsqueeze(4)).reshape(batch * count, -1)
+        weights = (weights / lengths_in_blocks(rows)).to(rows.dtype)
         # All samples of a keypoint by one product, most of whose weights are zero: to scale all corners and then sum
         # fours of them takes two passes over them.
         own = torch.eye(number, dtype=rows.dtype, device=rows.device).repeat_interleave(4, dim=1)
         return ((own * weights.unsqueeze(1)) @ rows).reshape(batch, count, number, -1)
 
-    def _read(self, pixels: Tensor) -> Tensor:
-        """The features at whole pixels [B, P, Q, 2] as rows [B P Q, dim], not of unit length."""
-        last = torch.tensor((self._full[0].shape[3] - 1, self._full[0].shape[2] - 1), device=pixels.device)
-        parts = read(self._full, torch.minimum(pixels.clamp(min=0), last))
-        # Upsampling aligns the corner pixels, so the same grid reads every resolution.
-        grid = pixels * (2 / last) - 1
-        for group in self._low:
-            parts.append(F.grid_sample(group, grid, align_corners=True).permute(0, 2, 3, 1))
-        return torch.cat(parts, dim=3).flatten(0, 2)
+    def _read(self, x: Tensor, y: Tensor) -> Tensor:
+        """The features at whole pixels of the map, x and y [B, ...] broadcast to P of them, as rows [B P, dim], not of
+        unit length."""
+        parts = read_rows(self._full, x, y)
+        if self._low:
+            # Upsampling aligns the corner pixels, so the same grid reads every resolution.
+            height, width = self._full[0].shape[2:]
+            x, y = torch.broadcast_tensors(x * (2 / (width - 1)) - 1, y * (2 / (height - 1)) - 1)
+            grid = torch.stack((x, y), dim=-1).reshape(x.shape[0], 1, -1, 2)
+            for group in self._low:
+                sampled = F.grid_sample(group, grid, align_corners=True)
+                parts.append(sampled.permute(0, 2, 3, 1).flatten(0, 2))
+        return torch.cat(parts, dim=1)
 
 
 def upsample(x: Tensor, size: torch.Size) -> Tensor:
