@@ -14,6 +14,7 @@ FEATURES = {16: 512, 8: 512, 4: 256, 2: 64, 1: 9}  # channels of the projected f
 EMBEDDING = {16: 128, 8: 64, 4: 32, 2: 16, 1: 6}  # channels of the embedded displacement
 RADIUS = {16: 7, 8: 3, 4: 2}  # of the local correlation, where there is one
 HIDDEN_BLOCKS = 8
+SHORT = 32  # ONNX Runtime concatenates at half its speed if one piece has fewer fp16 values in a row than this
 
 Pair = tuple[torch.Tensor, ...]  # one of image 0 and one of image 1
 
@@ -39,25 +40,32 @@ class ConvRefiner(nn.Module):
         """zoom: size of this pass over the size of the first."""
         displacement = ((40 / 32 * zoom) * (flow - pixel_grid(*flow.shape[2:]))).to(features[0].dtype)
         grids = torch.stack((flow[:, 0], flow[:, 1]), 3).split(1)  # not permuted, for which ONNX Runtime takes longer
-        parts = [
-            [x, _sample(y, grid), self._embed(at)]
-            for x, y, grid, at in zip(features, features[::-1], grids, displacement.split(1), strict=True)
-        ]
+        parts = [[x, _sample(y, grid)] for x, y, grid in zip(features, features[::-1], grids, strict=True)]
+        if self.radius is None and isinstance(self.out_conv, _Head):
+            both = self._embed(displacement.flatten(0, 1)[None])  # see `bake`
+            return self._run(torch.cat((*parts[0], both, *parts[1]), 3).permute(0, 3, 1, 2))
+        for part, at in zip(parts, displacement.split(1), strict=True):
+            part.append(self._embed(at))
         if self.radius is not None:
             scaled = features if self.gain == 1 else [x * self.gain for x in features]
             for part, correlation in zip(parts, local_correlation(scaled, flow, self.radius).split(1), strict=True):
+                if correlation.shape[3] < SHORT:
+                    correlation = torch.cat((part.pop(), correlation), 3)
                 part.append(correlation)
         if isinstance(self.out_conv, _Head):
-            x = torch.cat([*parts[0], *parts[1]], 3).permute(0, 3, 1, 2)
-            return self.out_conv(self.hidden_blocks(x)).reshape(2, 3, *x.shape[2:])
+            return self._run(torch.cat([*parts[0], *parts[1]], 3).permute(0, 3, 1, 2))
         x = torch.cat([torch.cat(part, 3) for part in parts]).permute(0, 3, 1, 2)
         return self.out_conv(self.hidden_blocks(self.block1(x)).float())
 
+    def _run(self, x: torch.Tensor) -> torch.Tensor:
+        """Both directions side by side as channels [1, 2 C, H, W] -> [2, 3, H, W]."""
+        return self.out_conv(self.hidden_blocks(x)).reshape(2, 3, *x.shape[2:])
+
     def _embed(self, displacement: torch.Tensor) -> torch.Tensor:
-        """Displacement [1, 2, H, W] -> [1, H, W, E]."""
+        """Displacement [1, 2, H, W] -> [1, H, W, E]; of both directions [1, 4, H, W] -> [1, H, W, 2 E]."""
         weight, bias = self.disp_emb.weight[:, :, 0, 0], self.disp_emb.bias
         columns = displacement.flatten(2)
-        if bias is None:  # its place is that of a third column
+        if bias is None:  # it is one more column
             columns = torch.cat((columns, torch.ones_like(columns[:, :1])), 1)
         return F.linear(columns.transpose(1, 2), weight, bias).unflatten(1, displacement.shape[2:])
 
@@ -78,12 +86,13 @@ class ConvRefiner(nn.Module):
         where narrow): the published widths (1377, 1137, 569) keep matrix units idle. They stand after the
         displacement's, whose product can make zeros. One of them becomes the constant 1, whose weights are the biases
         of the 1x1 convolutions: then these are plain products. The last of them and the head are one product, since
-        nothing stands between them.
+        nothing stands between them. Without a correlation the displacements of both directions are one product and one
+        piece of the input, in its middle: in the second direction they stand first.
         projection: what makes the features; it takes the `gain` if given, and the first weights here undo that.
         """
         width = self.out_conv.get_parameter("weight").shape[1]
         extra = -(width + 1) % (64 if width > 256 else 8) + 1
-        blocks = [self.block1, *self.hidden_blocks]
+        embedding, blocks = self.disp_emb, [self.block1, *self.hidden_blocks]
         baked: list[nn.Module] = []
         if projection is not None:
             projection.weight.mul_(self.gain)
@@ -107,6 +116,11 @@ class ConvRefiner(nn.Module):
             own = own + mix @ bias
             bound[self.inputs] = 1.0
             mix[:, self.inputs] = own
+            if block is self.block1 and self.radius is None:
+                other = torch.arange(len(bound)).roll(embedding.out_channels + extra)
+                baked.append(BoundedDepthwise(torch.cat((weight, weight[other])), torch.cat((bound, bound[other]))))
+                baked.append(_Mix(torch.block_diag(mix, mix[:, other])))
+                continue
             baked.append(BoundedDepthwise(weight, bound).repeated(2))
             if block is blocks[-1]:
                 baked.append(_Head(torch.block_diag(mix, mix)))
@@ -115,10 +129,12 @@ class ConvRefiner(nn.Module):
         self.out_conv = baked.pop()
         self.hidden_blocks = nn.Sequential(*baked)
         del self.block1
-        embedding = self.disp_emb
         assert embedding.bias is not None
-        weight = torch.cat((embedding.weight, embedding.bias[:, None, None, None]), 1)
-        embedding.weight = _constant(torch.cat((weight, weight.new_zeros(extra, 3, 1, 1))))
+        values = (embedding.weight, embedding.bias[:, None, None, None])
+        weight, own = (torch.cat((x, x.new_zeros(extra, *x.shape[1:]))) for x in values)
+        if self.radius is None:
+            weight, own = torch.block_diag(*2 * (weight[:, :, 0, 0],))[..., None, None], torch.cat((own, own))
+        embedding.weight = _constant(torch.cat((weight, own), 1))
         embedding.bias = None
         return self
 
