@@ -111,8 +111,8 @@ def test_the_exported_stages_place_as_the_trained_ones() -> None:
             shift, _, _ = network.patch(detail0, detail1, points0[None], expected, affine[None])
             expected = expected + (steps(affine[None])[1] @ shift[..., None])[..., 0]
         at = (units(points0, detail0), units(points1, detail1))
-        areas = torch.linalg.det(affine)[:, None].expand(-1, 4)
-        found = Patch(network.patch)(detail0, detail1, *at, affine.flatten(1), areas, rounds=2)
+        areas = torch.linalg.det(affine)[None]
+        found = Patch(network.patch)(detail0, detail1, *at, affine.flatten(1).T, areas, rounds=2)
     assert torch.allclose(pixels(found, detail1), expected[0], atol=1e-3)  # px
 
 
@@ -166,8 +166,8 @@ def test_local_affine_finds_the_map_despite_rounding_to_cells() -> None:
     targets = (torch.stack((x, y), -1).reshape(-1, 2) @ truth.T + 5).round()
     cells, high = torch.arange(480), torch.tensor([0.7])
     flat, area = local_affine(targets, cells, torch.full((480,), 0.7), (20, 24), cells, high)
-    found = flat.view(20, 24, 2, 2)
-    assert torch.allclose(area, torch.linalg.det(found).reshape(-1, 1).expand(-1, 4), rtol=1e-3)
+    found = flat.T.reshape(20, 24, 2, 2)
+    assert torch.allclose(area, torch.linalg.det(found).reshape(1, -1), rtol=1e-3)
     found = found[3:-3, 3:-3]
     # rounding is +-0.5 cells on a lever of sqrt(50) cells: a standard deviation of 0.04 for every entry
     assert (found - truth).abs().max() < 0.16

@@ -1,7 +1,7 @@
 """The local affine map between two images, from where the neighbours of a cell went.
 
-Many tiny operators take a GPU longer than a large one. So the columns of the tensors below are ordered, and repeated,
-in such a way that each of them is used whole.
+Many tiny operators take a GPU longer than a large one. So all that is alike is done at once: quantities are rows, which
+are cheap to pick and to take apart where columns are not, and the whole image is one more cell.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from torch.nn import functional as F  # noqa: N812
 NEIGHBOURS = 5  # cells per side of the neighbourhood
 PRIOR = 2.0 / NEIGHBOURS**2  # cells^2: how much the map of the whole image counts where neighbours are few
 WHOLE_PRIOR = 1 / 64  # cells^2: keeps the fit over the whole image from dividing by zero
-ONE, X, Y, U, V, XX, XY, YY, UX, UY, VX, VY = range(12)  # the columns of sums over cells
-MEANS = {XX: (X, X), XY: (X, Y), YY: (Y, Y), UX: (U, X), UY: (U, Y), VX: (V, X), VY: (V, Y)}
-# Each entry of the solution, and each determinant, is a * b - c * d of these moments, see _solve.
-A = (UX, UY, VX, VY, *[YY] * 4, *[UX] * 4)
-B = (YY, XX, YY, XX, *[XX] * 4, *[VY] * 4)
-C = (UY, UX, VY, VX, *[XY] * 4, *[UY] * 4)
-D = (XY, XY, XY, XY, *[XY] * 4, *[VX] * 4)
-MOMENTS = (*A, *B, *C, *D)
+ONE, X, Y, U, V = range(5)  # the first of the rows of sums over cells; then come the seven second moments:
+XX, XY, YY, UX, UY, VX, VY = range(7)
+SECONDS, *MEANS = tuple(range(5, 12)), (X, X, Y, U, U, V, V), (X, Y, Y, X, Y, X, Y)  # what they are to be about
+# Each is a * b - c * d of second moments: the four entries of cross times the adjugate of scatter, the determinant of
+# scatter, the determinant of cross; see _solve.
+A = (UX, UY, VX, VY, XX, UX)
+B = (YY, XX, YY, XX, YY, VY)
+C = (UY, UX, VY, VX, XY, UY)
+D = (XY, XY, XY, XY, XY, VX)
+SCATTER, CROSS = 4, 5
 
 
 def local_affine(
@@ -36,8 +38,7 @@ def local_affine(
     shape (h, w): cells of image 0, every one of which has a partner [h * w]: a cell of image 1, whose shape is
     `targets` (or whose places in cells [N, 2] it is), with a confidence [h * w], `highest` [1] at most. cells [K]: the
     wanted ones of image 0.
-    Returns [K, 4], the rows of px of image 0 to px of image 1, one after the other, and the determinant [K, 4], four
-    times the same.
+    Returns [4, K], the map of px of image 0 to px of image 1, row by row, and its determinant [1, K].
     """
     height, width = shape
     x, y = _places(shape, partner.device).unbind(1)
@@ -49,15 +50,14 @@ def local_affine(
     grid = weighted.reshape(1, height, width, 12).permute(0, 3, 1, 2)
     local = F.avg_pool2d(grid, NEIGHBOURS, 1, NEIGHBOURS // 2, count_include_pad=True)
     local = local.permute(0, 2, 3, 1).reshape(-1, 12).index_select(0, cells)
-    moments = _moments(torch.cat((local, weighted.sum(0, keepdim=True))))
-    diagonal = torch.tensor([float(k in (XX, YY)) for k in MOMENTS], device=partner.device)
-    solution, _ = _solve(moments[-1:] + WHOLE_PRIOR * diagonal)
-    # The prior: its map times its weight in the place of the mixed moments, its weight on the diagonal.
-    swap = torch.tensor([(UX, UY, VX, VY).index(k) if k >= UX else 0 for k in MOMENTS], device=partner.device)
-    mixed = torch.tensor([PRIOR * (k >= UX) for k in MOMENTS], device=partner.device)
-    prior = (solution.index_select(1, swap) * mixed + PRIOR * diagonal) * highest.clamp(min=1e-6)
-    affine, area = _solve(moments + prior)
-    return affine[:-1], area[:-1]
+    moments = _moments(torch.cat((local, weighted.sum(0, keepdim=True))).T)
+    diagonal = _column([float(k in (XX, YY)) for k in range(7)], moments)
+    whole = _solve(moments[:, -1:] + WHOLE_PRIOR * diagonal)
+    # The prior: its weight on the diagonal, its map times its weight in the place of the mixed moments.
+    prior = whole.index_select(0, _index((SCATTER, SCATTER, SCATTER, 0, 1, 2, 3), whole))  # row SCATTER is 1
+    factors = _column([PRIOR * (k != XY) for k in range(7)], moments)
+    solution = _solve(moments + prior * (factors * highest.clamp(min=1e-6)))[:, :-1]
+    return solution[:4], solution[CROSS:]
 
 
 def _places(shape: tuple[int, int] | torch.Size, device: torch.device) -> Tensor:
@@ -69,20 +69,25 @@ def _places(shape: tuple[int, int] | torch.Size, device: torch.device) -> Tensor
 
 
 def _moments(sums: Tensor) -> Tensor:
-    """Sums [N, 12] -> second moments about the means [N, MOMENTS]."""
-    firsts, seconds = ([MEANS[k][side] for k in MOMENTS] for side in (0, 1))
-    products, left, right = (
-        sums.index_select(1, torch.tensor(index, device=sums.device)) for index in (MOMENTS, firsts, seconds)
-    )
-    return products - left * right / sums[:, :1].clamp(min=1e-6)
+    """Sums [12, N] -> second moments about the means [7, N]."""
+    # Not slices: ONNX Runtime would move the transposition behind each of them.
+    one, seconds, left, right = (sums.index_select(0, _index(rows, sums)) for rows in ((ONE,), SECONDS, *MEANS))
+    return seconds - left * right / one.clamp(min=1e-6)
 
 
-def _solve(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Moments [N, MOMENTS] -> the map cross @ inverse(scatter) row by row [N, 4], its determinant [N, 4].
+def _solve(moments: Tensor) -> Tensor:
+    """Moments [7, N] -> the map cross @ inverse(scatter) row by row, 1, its determinant: [6, N].
 
     Written out: TensorRT fails on products of 2x2 matrices, and rounds operands of products to ten bits.
     """
-    a, b, c, d = moments.chunk(4, 1)
-    solution, scatter, cross = (a * b - c * d).chunk(3, 1)
-    scatter = scatter.clamp(min=1e-10)
-    return solution / scatter, cross / scatter
+    a, b, c, d = moments.index_select(0, _index((*A, *B, *C, *D), moments)).chunk(4)
+    values = a * b - c * d
+    return values / values[SCATTER : SCATTER + 1].clamp(min=1e-10)
+
+
+def _index(rows: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.tensor(rows, device=like.device)
+
+
+def _column(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device)[:, None]

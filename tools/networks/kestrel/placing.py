@@ -98,12 +98,12 @@ class Patch(nn.Module):
             pairs[rows, :, :samples] = layer.weight.detach().reshape(-1, samples, samples).transpose(1, 2)
         self.pairs = nn.Linear(samples * PADDED, width, bias=False)
         self.pairs.weight = nn.Parameter(pairs.reshape(width, -1))
-        # Inputs: the map, four times twice the logarithm of its scale, a 1.
+        # Inputs: the map, twice the logarithm of its scale, a 1, zeros.
         condition = torch.zeros(width, 16)
         condition[:hidden, :5] = refiner.condition.weight.detach()
         condition[:, 4] /= 2
-        condition[:hidden, 8] = (refiner.hidden.bias + refiner.condition.bias).detach()
-        condition[one, 8], condition[self.logits, 8] = 1.0, refiner.shift.bias.detach()
+        condition[:hidden, 5] = (refiner.hidden.bias + refiner.condition.bias).detach()
+        condition[one, 5], condition[self.logits, 5] = 1.0, refiner.shift.bias.detach()
         self.condition = _Product(condition)
         second = torch.zeros(middle.out_features, width)
         second[:, :hidden], second[:, one] = middle.weight.detach(), middle.bias.detach()
@@ -122,18 +122,18 @@ class Patch(nn.Module):
     def forward(
         self, detail0: Tensor, detail1: Tensor, at0: Tensor, at1: Tensor, affine: Tensor, area: Tensor, rounds: int
     ) -> Tensor:
-        """detail [1, c, H/2, W/2] of each image, at [K, 2] units of GridSample (see `units`), affine [K, 4] row by row,
-        area [K, 4]: its determinant, four times. Returns at1 after so many rounds, each from where the last arrived."""
+        """detail [1, c, H/2, W/2] of each image, at [K, 2] units of GridSample (see `units`), affine [4, K] row by row,
+        area [1, K]: its determinant. Returns at1 after so many rounds, each from where the last arrived."""
         dtype = self.middle.weight.dtype
         area = area.abs().clamp(min=0.0625, max=16.0)
         unit = area**-0.25
         step = unit * affine
-        one = torch.ones(1, 1, device=at0.device).expand(len(area), 1)
-        condition = self.condition(torch.cat((step * unit, area.log(), F.pad(one, (0, 7))), 1).to(dtype))
+        one = F.pad(torch.ones(1, 1, device=at0.device), (0, 0, 0, 10)).expand(-1, area.shape[1])
+        condition = self.condition(torch.cat((step * unit, area.log(), one)).to(dtype).T)
         to0, to1 = (per_pixel(detail) for detail in (detail0, detail1))
-        step = step * (2 * to1).repeat_interleave(2)
-        patch0 = _sample(detail0, at0, unit[:, :1] * (2 * self.spread0 * to0.repeat(PADDED))).to(dtype)
-        spread, filled = step @ self.spread1, patch0.new_zeros(len(area), PADDED - PATCH * PATCH)
+        step = (step * (2 * to1).repeat_interleave(2)[:, None]).T
+        patch0 = _sample(detail0, at0, unit.reshape(-1, 1) * (2 * self.spread0 * to0.repeat(PADDED))).to(dtype)
+        spread, filled = step @ self.spread1, patch0.new_zeros(len(step), PADDED - PATCH * PATCH)
         for _ in range(rounds):
             patch1 = _sample(detail1, at1, spread).to(dtype)
             x = self.pairs((patch1 @ patch0.transpose(1, 2)).flatten(1)) + condition
