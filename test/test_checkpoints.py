@@ -33,6 +33,7 @@ LAYOUTS = {
     "lightning": {"state_dict": prefixed("matcher.model."), "epoch": 3, "hyper_parameters": {"lr": 1e-3}},
     "model": {"model": prefixed("module.")},
     "nested": {"state_dict": {"model": prefixed("_orig_mod.matcher.")}},
+    "other names": {"params_of_student": prefixed("student.backbone."), "step": 7},
 }
 
 
@@ -57,6 +58,33 @@ def test_safetensors(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"no whole \.safetensors"):
         read_checkpoint(path)
+
+
+def test_the_content_tells_the_format_not_the_name(tmp_path: Path) -> None:
+    save_file(state(), str(tmp_path / "weights.pth"))
+    torch.save(state(), tmp_path / "weights.safetensors")
+    for path in tmp_path.iterdir():
+        assert sorted(read_checkpoint(path)) == sorted(state()), path
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_precisions_are_read(dtype: torch.dtype) -> None:
+    loaded = network()
+    load_strict(loaded, {key: value.to(dtype) for key, value in state().items()}, what="the toy", path=Path("toy.ckpt"))
+    torch.testing.assert_close(loaded.state_dict()["0.weight"], state()["0.weight"].to(dtype).float())
+
+
+def test_weights_that_are_no_floating_point_numbers_are_refused() -> None:
+    """Copied into the network, 8-bit weights would be integers without scale: a network that runs and is wrong."""
+    odd = {
+        "int8": (state()["0.weight"] * 100).to(torch.int8),
+        "complex64": state()["0.weight"].to(torch.complex64),
+        "sparse_coo": state()["0.weight"].to_sparse(),
+        "meta": state()["0.weight"].to("meta"),
+    }
+    for name, value in odd.items():
+        with pytest.raises(UserError, match=rf"stores 0\.weight .*{name}"):
+            load_strict(network(), state() | {"0.weight": value}, what="the toy", path=Path("toy.ckpt"))
 
 
 def test_prefix_that_only_some_keys_share_stays(tmp_path: Path) -> None:
@@ -99,9 +127,17 @@ def test_unreadable_files(tmp_path: Path) -> None:
         assert name in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match="does not exist"):
         read_checkpoint(tmp_path / "nowhere.ckpt")
+    with pytest.raises(UserError, match="is a folder"):
+        read_checkpoint(tmp_path)
     other = tmp_path / "list.pt"
     torch.save({"epoch": 1, "losses": [0.1] * 50}, other)
     with pytest.raises(UserError, match="no state dict"):
+        read_checkpoint(other)
+    torch.save(state() | {"epoch": 1}, other)
+    with pytest.raises(UserError, match="7 tensors and, beside them, epoch"):
+        read_checkpoint(other)
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(other))
+    with pytest.raises(UserError, match="TorchScript"):
         read_checkpoint(other)
 
 
@@ -122,9 +158,11 @@ def test_one_renamed_key_nan_and_shape(tmp_path: Path) -> None:
 
 def test_another_model_is_named() -> None:
     wrong = {key: torch.zeros(shape) for key, shape in {"desc_head.agg_weights": (32, 128, 128), "x": (2,)}.items()}
-    with pytest.raises(UserError, match="looks like ALIKED-n32: give the checkpoint of the toy") as caught:
+    with pytest.raises(UserError, match="looks like ALIKED n32: give the checkpoint of the toy") as caught:
         load_strict(network(), wrong, what="the toy", path=Path("toy.ckpt"))
     assert "and 3 more" in str(caught.value)  # shortened: 7 keys are missing
+    with pytest.raises(UserError, match="give the file as it was published"):  # it is that one, but damaged
+        load_strict(network(), wrong, what="ALIKED n32", path=Path("toy.ckpt"))
 
 
 @pytest.mark.parametrize("target", sorted(seeded.TARGETS))
@@ -139,10 +177,10 @@ def test_every_published_model_is_recognised(target: str) -> None:
         "roma": "MatchAnything-RoMa",
         "eloftr": "MatchAnything-ELoFTR",
         "dinov2": "DINOv2 ViT-L/14",
-        "aliked-n16": "ALIKED-n16 or n16rot",
-        "aliked-n16rot": "ALIKED-n16 or n16rot",
-        "aliked-n32": "ALIKED-n32",
-        "aliked-t16": "ALIKED-t16",
+        "aliked-n16": "ALIKED n16 or n16rot",
+        "aliked-n16rot": "ALIKED n16 or n16rot",
+        "aliked-n32": "ALIKED n32",
+        "aliked-t16": "ALIKED t16",
     }
     assert guess_family(shapes) == expected.get(target, target.replace("dedode_", "DeDoDe ").replace("_", " "))
 

@@ -102,7 +102,7 @@ def test_bench_of_a_wrong_result_says_so(moved: Path, tmp_path: Path, capsys: py
 def test_inspect(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(WEIGHTS)]) == 0
     text = capsys.readouterr().out
-    assert "ALIKED-t16" in text and sha256_of(WEIGHTS) in text and "float32" in text
+    assert "ALIKED t16" in text and sha256_of(WEIGHTS) in text and "float32" in text
     assert "keys        76" in text
     assert main(["inspect", str(bundle)]) == 0
     text = capsys.readouterr().out

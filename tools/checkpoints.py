@@ -1,14 +1,15 @@
 """A checkpoint file, in whatever layout it was published -> a state dict that fits its network to the last key.
 
-Understood: raw state dicts, Lightning checkpoints and other wrappers ({"state_dict": ...}, {"model": ...}), common key
-prefixes ("matcher.", "module.", "matcher.model.", ...), and .safetensors. Pickles are read with weights_only=True: a
-file that contains code is refused, not run.
+Understood: raw state dicts, Lightning checkpoints and other wrappers ({"state_dict": ...}, {"model": ...}), a prefix
+that all keys share ("matcher.", "module.", "matcher.model.", ...), and safetensors, whatever the file is called.
+Pickles are read with weights_only=True: a file that contains code is refused, not run.
 """
 
 from __future__ import annotations
 
 import pickle
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +23,8 @@ from matchanything_tools.fingerprints import guess_family
 State = dict[str, torch.Tensor]
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "network", "net", "weights")
-PREFIXES = ("_orig_mod.", "module.", "matcher.", "model.", "network.", "net.")
 SHOWN = 4  # keys of each kind in a message
+NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # weights as they are stored
 
 
 def read_checkpoint(path: Path) -> State:
@@ -32,6 +33,8 @@ def read_checkpoint(path: Path) -> State:
     Raises UserError when the file is missing, a Git LFS pointer, truncated, no checkpoint, or contains code.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name the checkpoint file in it.")
     if not path.is_file():
         raise UserError(f"The checkpoint {path} does not exist: check the path.")
     with path.open("rb") as file:
@@ -42,15 +45,20 @@ def read_checkpoint(path: Path) -> State:
         raise UserError(f"{path} is empty or truncated ({path.stat().st_size} bytes): download it again.")
     if head[:64].lstrip()[:1] == b"<":
         raise UserError(f"{path} is a web page, not a checkpoint: download the file itself.")
-    content = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+    pickled = head.startswith(
+        (b"PK", b"\x80")
+    )  # zip or pickle; a safetensors file begins with its header's length and {
+    safe = head[8:9] == b"{" or (path.suffix == ".safetensors" and not pickled)
+    content = _safetensors(path) if safe else _pickled(path)
     return strip_prefixes(_unwrap(content, path))
 
 
 def strip_prefixes(state: Mapping[str, torch.Tensor]) -> State:
-    """Take off the prefixes of PREFIXES that every key has, one after the other."""
+    """Take off what stands before the first dot of every key, as long as all keys share it: none of the networks here
+    has a single part, so it is the name under which somebody kept the network."""
     state = dict(state)
-    while prefix := next((p for p in PREFIXES if state and all(key.startswith(p) for key in state)), None):
-        state = {key[len(prefix) :]: value for key, value in state.items()}
+    while len({key.partition(".")[0] for key in state}) == 1 and all("." in key for key in state):
+        state = {key.partition(".")[2]: value for key, value in state.items()}
     return state
 
 
@@ -74,12 +82,17 @@ def load_strict(module: torch.nn.Module, state: Mapping[str, torch.Tensor], *, w
         counts = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         found = "; ".join(f"{len(keys)} {kind}: {_shortened(keys)}" for kind, keys in counts if keys)
         guess = guess_family(state)
+        other = guess and not set(what.split()) <= set(guess.split())  # "ALIKED n16" is in "ALIKED n16 or n16rot"
         advice = (
-            f"it looks like {guess}: give the checkpoint of {what}"
-            if guess and guess != what
-            else "give the file as it was published"
+            f"it looks like {guess}: give the checkpoint of {what}" if other else "give the file as it was published"
         )
         raise UserError(f"{path} is not the checkpoint of {what} ({len(own)} keys): {found}. Instead, {advice}.")
+    odd = [key for key in own if own[key].is_floating_point() and not _plain(state[key])]
+    if odd:
+        raise UserError(
+            f"{path} stores {_shortened(odd)} quantised, sparse or without values ({_kind(state[odd[0]])}): give the "
+            "file as it was published, in floating point."
+        )
     bad = [key for key, value in state.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
     if bad:
         raise UserError(f"{path} has values that are not finite in {_shortened(bad)}: download it again.")
@@ -96,6 +109,16 @@ def _shortened(keys: list[str]) -> str:
     return ", ".join(keys[:SHOWN]) + more
 
 
+def _plain(value: torch.Tensor) -> bool:
+    """Whether these are numbers in memory, one for each element."""
+    return value.layout == torch.strided and value.dtype in NUMBERS and not value.is_meta
+
+
+def _kind(value: torch.Tensor) -> str:
+    words = (value.dtype, *((value.layout,) if value.layout != torch.strided else ()), *(("meta",) * value.is_meta))
+    return ", ".join(str(word).removeprefix("torch.") for word in words)
+
+
 def _safetensors(path: Path) -> object:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -108,7 +131,9 @@ def _safetensors(path: Path) -> object:
 
 def _pickled(path: Path) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(), path.open("rb") as file:  # by a path, torch would judge it by its name
+            warnings.simplefilter("ignore")  # of what is then refused with one sentence
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if zipfile.is_zipfile(path) or "Unsupported global" in str(error) or "GLOBAL" in str(error):
             raise UserError(
@@ -117,19 +142,40 @@ def _pickled(path: Path) -> object:
             ) from error
         raise UserError(f"{path} is not a PyTorch checkpoint, or it is truncated: download it again.") from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError, struct.error) as error:
+        if "TorchScript" in str(error):
+            raise UserError(f"{path} is a TorchScript program: give a file with the network's state dict.") from error
         raise UserError(f"{path} is truncated or not a PyTorch checkpoint: download it again.") from error
 
 
 def _unwrap(content: object, path: Path) -> State:
-    if isinstance(content, Mapping):
-        if content and all(isinstance(value, torch.Tensor) for value in content.values()):
-            return {str(key): value for key, value in content.items()}
-        for name in WRAPPERS:
-            inner = content.get(name)
-            if isinstance(inner, Mapping):
-                return _unwrap(inner, path)
-    kind = f"a dictionary of {_shortened([str(k) for k in content])}" if isinstance(content, Mapping) else "no mapping"
-    raise UserError(f"{path} holds no state dict ({kind or 'nothing'}): give the file with the network's weights.")
+    if not isinstance(content, Mapping):
+        raise UserError(
+            f"{path} holds no state dict ({type(content).__name__}): give the file with the network's weights."
+        )
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    if tensors and len(tensors) == len(content):
+        return tensors
+    for name in (*WRAPPERS, *_only_state(content)):
+        inner = content.get(name)
+        if isinstance(inner, Mapping):
+            return _unwrap(inner, path)
+    others = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
+    if tensors:
+        raise UserError(
+            f"{path} holds {len(tensors)} tensors and, beside them, {_shortened(others)}: give a file of tensors only."
+        )
+    found = f"a dictionary of {_shortened(others)}" if others else "an empty dictionary"
+    raise UserError(f"{path} holds no state dict ({found}): give the file with the network's weights.")
+
+
+def _only_state(content: Mapping[object, object]) -> list[object]:
+    """The key of the one dictionary of tensors in `content`, under whatever name; [] if there is none, or a choice."""
+    found = [
+        key
+        for key, value in content.items()
+        if isinstance(value, Mapping) and value and all(isinstance(entry, torch.Tensor) for entry in value.values())
+    ]
+    return found if len(found) == 1 else []
 
 
 def _culprit(error: Exception) -> str:

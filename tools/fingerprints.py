@@ -45,9 +45,9 @@ FINGERPRINTS = (
         {"decoder.layers.2.out_conv.weight": (288, 64, 1, 1), "decoder.layers.8.block1.0.weight": (512, 1024, 1, 1)},
     ),
     Fingerprint("DeDoDe descriptor B", {"decoder.layers.2.out_conv.weight": (288, 64, 1, 1)}),
-    Fingerprint("ALIKED-t16", {"desc_head.agg_weights": (16, 64, 64)}),
-    Fingerprint("ALIKED-n16 or n16rot", {"desc_head.agg_weights": (16, 128, 128)}),
-    Fingerprint("ALIKED-n32", {"desc_head.agg_weights": (32, 128, 128)}),
+    Fingerprint("ALIKED t16", {"desc_head.agg_weights": (16, 64, 64)}),
+    Fingerprint("ALIKED n16 or n16rot", {"desc_head.agg_weights": (16, 128, 128)}),
+    Fingerprint("ALIKED n32", {"desc_head.agg_weights": (32, 128, 128)}),
     *(
         Fingerprint(
             f"DINOv2 ViT-{size}/14", {"cls_token": (1, 1, width), "patch_embed.proj.weight": (width, 3, 14, 14)}

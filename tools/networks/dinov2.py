@@ -6,12 +6,15 @@ Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", 202
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from matchanything_ros.errors import UserError
+from matchanything_tools.checkpoints import State, read_checkpoint
 from matchanything_tools.networks.attention import Block, run_blocks
 
 PATCH = 14
@@ -119,3 +122,19 @@ class _Block(Block):
         """As published; a baked block is run by `run_blocks`."""
         x = x + self.ls1(self.attn(self.norm1(x)))
         return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+def read_dinov2(path: Path) -> State:
+    """State dict of DINOv2 ViT-L/14 without registers."""
+    state = read_checkpoint(path)
+    token = state.get("cls_token")
+    if token is not None:
+        width = token.shape[-1]
+        size = {384: "ViT-S/14", 768: "ViT-B/14", 1024: "ViT-L/14", 1536: "ViT-g/14"}.get(width, f"of width {width}")
+        registers = "register_tokens" in state
+        if width != WIDTH or registers:
+            raise UserError(
+                f"{path} is DINOv2 {size}{' with registers' if registers else ''}: these networks were "
+                "trained with ViT-L/14 without registers, give dinov2_vitl14_pretrain.pth."
+            )
+    return state

@@ -16,7 +16,7 @@ from matchanything_tools.export import Exportable, weights_info
 from matchanything_tools.networks import sparse_pair
 from matchanything_tools.networks.batchnorm import fold_batch_norms
 from matchanything_tools.networks.dedode.network import DescriptorB, DescriptorG, Detector, detect
-from matchanything_tools.networks.dinov2 import PATCH, DinoV2
+from matchanything_tools.networks.dinov2 import PATCH, DinoV2, read_dinov2
 from matchanything_tools.networks.lengths import lengths
 from matchanything_tools.networks.sparse_pair import SparsePair
 from matchanything_tools.networks.vgg import VGG19
@@ -100,7 +100,7 @@ def load_descriptor(path: Path, dinov2: Path | None, size: tuple[int, int] | Non
     giant = DescriptorG()
     load_strict(giant, state, what="DeDoDe descriptor G", path=path)
     transformer = DinoV2().eval()
-    load_strict(transformer, read_checkpoint(dinov2), what="DINOv2 ViT-L/14", path=dinov2)
+    load_strict(transformer, read_dinov2(dinov2), what="DINOv2 ViT-L/14", path=dinov2)
     if size[0] % PATCH or size[1] % PATCH:
         raise UserError(f"Descriptor G needs sides that divide by 14 and 8, such as 560x560, not {size[0]}x{size[1]}.")
     giant.dinov2 = transformer.bake(*size)

@@ -8,6 +8,7 @@ import torch
 
 from matchanything_ros.errors import UserError
 from matchanything_tools.checkpoints import State, load_strict, read_checkpoint, strip_prefixes
+from matchanything_tools.networks.dinov2 import read_dinov2
 from matchanything_tools.networks.roma.network import Roma
 
 WHAT, WHAT_DINOV2 = "MatchAnything-RoMa", "DINOv2 ViT-L/14"
@@ -32,22 +33,6 @@ def read_roma(path: Path) -> State:
         state = strip_prefixes({key: value for key, value in state.items() if not key.startswith("teacher.")})
     if other := _other_roma(state):
         raise UserError(f"{path} is {other}, another architecture: give the checkpoint of {WHAT} (603 tensors).")
-    return state
-
-
-def read_dinov2(path: Path) -> State:
-    """State dict of DINOv2 ViT-L/14 without registers."""
-    state = read_checkpoint(path)
-    token = state.get("cls_token")
-    if token is not None:
-        width = token.shape[-1]
-        size = {384: "ViT-S/14", 768: "ViT-B/14", 1024: "ViT-L/14", 1536: "ViT-g/14"}.get(width, f"of width {width}")
-        registers = "register_tokens" in state
-        if width != 1024 or registers:
-            raise UserError(
-                f"{path} is DINOv2 {size}{' with registers' if registers else ''}: RoMa was trained with "
-                "ViT-L/14 without registers, give dinov2_vitl14_pretrain.pth."
-            )
     return state
 
 
