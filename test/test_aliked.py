@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from matchanything_ros import cli
-from matchanything_ros.bundle import load_bundle
+from matchanything_ros.bundle import InputSpec, load_bundle
 from matchanything_ros.engines import open_engine
 from matchanything_ros.errors import UserError
 from matchanything_ros.matcher import Matcher
@@ -28,6 +28,7 @@ from matchanything_tools.networks.aliked import VARIANTS, Aliked, FeatureReader
 from matchanything_tools.networks.aliked.detection import detect, refine, select, suppress
 from matchanything_tools.networks.aliked.features import ReadFeatures, WholeFeatures, Window, upsample
 from matchanything_tools.networks.sampling import sample
+from matchanything_tools.networks.sparse_pair import SparsePair, dynamic_shapes
 
 DATA = Path(__file__).parent / "data"
 WEIGHTS = DATA / "weights"
@@ -292,6 +293,20 @@ def test_deform_conv_is_the_same_network(tmp_path: Path) -> None:
     assert len(wanted) > 50 and len(found.keys() & wanted.keys()) >= 0.99 * len(wanted)
 
 
+def test_narrow_range_of_dynamic_sizes_can_be_traced() -> None:
+    """torch.export fails on a range with fewer than two multiples of what the network divides by."""
+    specs = tuple(InputSpec(f"image{i}", i, (64, 64), (96, 96), (128, 128)) for i in (0, 1))
+    network = Aliked(VARIANTS["t16"], 32).eval()
+    network.fuse()
+    pair = SparsePair(network, "mutual", 32, one_batch=False)
+    example = tuple(torch.rand(1, 3, 96, 96) for _ in specs)
+    with torch.inference_mode():
+        traced = torch.export.export(
+            pair, example, dynamic_shapes=dynamic_shapes(specs), prefer_deferred_runtime_asserts_over_guards=True
+        )
+    assert len(traced.range_constraints) == 4
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -299,7 +314,8 @@ def test_deform_conv_is_the_same_network(tmp_path: Path) -> None:
         ("--keypoints 100 --max-matches 200", "choose 1 to --keypoints"),
         ("--size 16x64", "at least 32 pixels"),
         ("--detection-threshold 3", "0 to 1"),
-        ("--variant t16", "score_head|agg_weights|block1"),
+        ("--min 32x32 --opt 64x64 --max 128x128", "at least 33 pixels"),
+        ("--variant t16", "is ALIKED n16 or n16rot, not t16: add --variant n16"),
         ("--min 64x64 --opt 480x640 --max 480x320", "must not decrease"),
     ],
 )

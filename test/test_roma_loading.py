@@ -9,7 +9,8 @@ import torch
 
 from matchanything_ros.cli import main
 from matchanything_ros.errors import UserError
-from matchanything_tools.networks.roma.loading import read_dinov2, read_roma
+from matchanything_tools.networks.dinov2 import read_dinov2
+from matchanything_tools.networks.roma.loading import read_roma
 
 KEYS = {"encoder.cnn.layers.0.weight": torch.ones(2), "decoder.proj.1.0.bias": torch.zeros(3)}
 
@@ -66,12 +67,23 @@ def test_other_dinov2_are_named(width: int, registers: bool, name: str, tmp_path
         (["--variant", "fast", "--upsample", "864"], "has no second pass"),
         (["--size", "480x640"], "--coarse N and --upsample N"),
         (["--max-matches", "10001"], "1 to 10000"),
+        (["--max-matches", "0"], "1 to"),
+        (["--coarse", "0"], "multiple of 14"),
+        (["--variant", "fast", "--upsample", "0"], "has no second pass"),
+        (["--score-threshold", "1.5"], "from 0 to 1"),
+        (["--score-threshold", "nan"], "from 0 to 1"),
+        (["--out", "roma.pt"], "ends in .onnx"),
     ],
 )
 def test_bad_flags_end_with_one_sentence(
-    flags: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "roma.ckpt").write_bytes(b"never read")
+    monkeypatch.chdir(tmp_path)
     command = ["export", "roma", "--weights", str(tmp_path / "roma.ckpt"), "--out", str(tmp_path / "roma.onnx"), *flags]
     assert main(command) == 1
     message = capsys.readouterr().err

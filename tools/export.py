@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import platform
 import shlex
@@ -76,8 +77,7 @@ def export(item: Exportable, out: Path, command: Sequence[str] = ()) -> Bundle:
     Everything is written into a temporary folder beside OUT and moved at the end, manifest last: whoever finds a
     manifest finds a whole bundle.
     """
-    if out.suffix != ".onnx":
-        raise UserError(f"--out is {out}: give a file name that ends in .onnx.")
+    check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     item.module.eval()
     with tempfile.TemporaryDirectory(prefix=f".{out.stem}-", dir=out.parent) as folder:
@@ -132,6 +132,19 @@ def export_part(item: Exportable, out: Path) -> Path:
     return out
 
 
+def check_out(out: Path, size: int = 0) -> None:
+    """Raise UserError unless a bundle of `size` bytes can be written as OUT, before anything takes time."""
+    if out.suffix != ".onnx":
+        raise UserError(f"--out is {out}: give a file name that ends in .onnx.")
+    if out.is_dir():
+        raise UserError(f"--out is {out}, which is a folder: give the name of a file.")
+    existing = next(folder for folder in out.absolute().parents if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"Nothing can be written into {existing}: choose another --out.")
+    if shutil.disk_usage(existing).free < size:
+        raise UserError(f"There is too little free space in {existing} for the bundle: choose another --out.")
+
+
 def golden_pair(height: int = 240, width: int = 320) -> tuple[np.ndarray, np.ndarray]:
     """Two uint8 RGB images [H, W, 3] related by a known homography: soft discs of many sizes."""
     rng = np.random.Generator(np.random.PCG64(7))
@@ -166,6 +179,8 @@ def golden_result(item: Exportable) -> dict[str, np.ndarray]:
 def _write_onnx(item: Exportable, path: Path) -> None:
     channels = 3 if item.preprocess.channels == "rgb" else 1
     example = item.part or {spec.name: torch.rand(1, channels, *spec.opt) for spec in item.inputs}
+    # The exporter logs that torchvision's operators are not there, which nothing here needs.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -225,9 +240,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("A dynamic shape needs all of --min, --opt and --max.")
     if args.size and any(given):
         raise UserError("Give --size for a fixed shape, or --min, --opt and --max for a dynamic one, not both.")
-    free = shutil.disk_usage(args.out.parent if args.out.parent.exists() else Path.cwd()).free
-    if free < 3 * sum(file.stat().st_size for file in [args.weights] if file.exists()):
-        raise UserError(f"There is too little free space in {args.out.parent} for the bundle: choose another --out.")
+    if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
+        raise UserError(f"--score-threshold is {args.score_threshold}: give a number from 0 to 1.")
+    files = [value for value in vars(args).values() if isinstance(value, Path) and value != args.out]
+    check_out(args.out, 3 * sum(file.stat().st_size for file in files if file.is_file()))
     item = network(args.family).exportable(args)
     command = ["matchanything", "export", args.family, *_spelled(args)]
     print(f"exporting {item.family}-{item.variant} ({item.precision}) ...", flush=True)

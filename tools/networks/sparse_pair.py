@@ -95,6 +95,9 @@ def dynamic_shapes(inputs: tuple[InputSpec, ...], step: int = 1) -> dict[str, An
         for axis, letter in ((0, "h"), (1, "w")):
             low, high = spec.min[axis], spec.max[axis]
             if low < high:
+                # torch.export stumbles over a range with less than two multiples of what the network divides by; the
+                # graph is the same for a wider one.
+                high = max(high, 2 * low, 512)
                 dim = torch.export.Dim(f"{letter}{spec.image}", min=low // step, max=high // step)
                 shapes[spec.name][axis + 2] = dim if step == 1 else step * dim
     return shapes

@@ -12,6 +12,7 @@ from matchanything_ros.bundle import Preprocess
 from matchanything_ros.errors import UserError
 from matchanything_tools.checkpoints import load_strict, read_checkpoint
 from matchanything_tools.export import Exportable, weights_info
+from matchanything_tools.fingerprints import guess_family
 from matchanything_tools.networks import sparse_pair
 from matchanything_tools.networks.aliked.backbone import DIVISOR, VARIANTS, Backbone, Variant
 from matchanything_tools.networks.aliked.description import DescriptorHead
@@ -107,7 +108,11 @@ def exportable(args: argparse.Namespace) -> Exportable:
     variant = VARIANTS[args.variant]
     reader = feature_reader(variant, args.keypoints, inputs[0].opt if fixed else None)
     network = Aliked(variant, args.keypoints, threshold, features=reader)
-    load_strict(network, read_checkpoint(args.weights), what=f"ALIKED {args.variant}", path=args.weights)
+    state = read_checkpoint(args.weights)
+    family, *variants = (guess_family(state) or "").split()
+    if family == "ALIKED" and args.variant not in variants:
+        raise UserError(f"{args.weights} is {guess_family(state)}, not {args.variant}: add --variant {variants[0]}.")
+    load_strict(network, state, what=f"ALIKED {args.variant}", path=args.weights)
     network.eval().fuse()
     for module in network.modules():
         if isinstance(module, DeformableConv3x3):
@@ -116,8 +121,9 @@ def exportable(args: argparse.Namespace) -> Exportable:
         if fixed:
             network.stripe()
         network.half()
-    if min(min(spec.min) for spec in inputs) < DIVISOR:
-        raise UserError(f"ALIKED needs sides of at least {DIVISOR} pixels: choose a larger --size or --min.")
+    smallest = DIVISOR if fixed else DIVISOR + 1  # torch.export takes maps of one cell for fixed
+    if min(min(spec.min) for spec in inputs) < smallest:
+        raise UserError(f"ALIKED needs sides of at least {smallest} pixels: choose a larger --size or --min.")
     max_matches = args.max_matches or args.keypoints
     default_threshold = sparse_pair.DEFAULT_THRESHOLD[args.matching]
     return Exportable(

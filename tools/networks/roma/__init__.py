@@ -87,7 +87,7 @@ def exportable(args: argparse.Namespace) -> Exportable:
     stride, side = finest, upsample or coarse
     cells = side // stride
     most = min(MAX_MATCHES, selection.candidates(cells, cells, stride))
-    count = args.max_matches or min(5000, most)
+    count = min(5000, most) if args.max_matches is None else args.max_matches
     if not 1 <= count <= most:
         raise UserError(f"--max-matches is {count}: at this size give 1 to {most}.")
     if args.dinov2 is None:
@@ -121,14 +121,14 @@ def _sides(args: argparse.Namespace) -> tuple[int, int | None]:
     """Sides of the first and second pass (None: there is none)."""
     if args.size or args.opt:
         raise UserError("RoMa takes square inputs of fixed size: give --coarse N and --upsample N instead.")
-    coarse = args.coarse or DEFAULT_SIDE[args.variant]
+    coarse = DEFAULT_SIDE[args.variant] if args.coarse is None else args.coarse
     if coarse % 14 or not 112 <= coarse <= 1400:
         raise UserError(f"--coarse is {coarse}: give a multiple of 14 (the ViT's patch) from 112 to 1400, such as 560.")
     if args.variant != "accurate":
-        if args.upsample:
+        if args.upsample is not None:
             raise UserError(f"--upsample is for the variant 'accurate': '{args.variant}' has no second pass.")
         return coarse, None
-    upsample = args.upsample or 864
+    upsample = 864 if args.upsample is None else args.upsample
     if coarse % 8 or upsample % 8 or not 112 <= upsample <= 2048:
         raise UserError(
             f"The sizes are --coarse {coarse} --upsample {upsample}: give a multiple of 56 and a multiple of 8 up to "
