@@ -11,6 +11,7 @@ import pytest
 from tiny_bundle import write_bundle
 
 from matchanything_ros.engines import open_engine
+from matchanything_ros.engines.onnxruntime import OnnxRuntimeEngine
 from matchanything_ros.engines.parity import check_parity, compare, load_golden, warn_if_wrong
 from matchanything_ros.errors import UserError
 
@@ -132,3 +133,15 @@ def test_an_engine_that_is_wrong_is_warned_of(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_if_wrong(engine)  # a bundle without a golden result cannot be checked
+
+
+def test_no_memory_left_on_a_gpu_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FullGpu:  # a mock: there is no GPU here
+        def run_with_iobinding(self, binding: object) -> None:
+            raise RuntimeError("bfc_arena.cc: Failed to allocate memory for requested buffer of size 36507222016\nmore")
+
+    engine = OnnxRuntimeEngine(write_bundle(tmp_path), "cpu")
+    monkeypatch.setattr(engine, "_bind", lambda inputs: None)
+    engine.backend, engine._session = "onnxruntime-cuda", FullGpu()
+    with pytest.raises(UserError, match="of size 36507222016. Export it with --precision fp16, or allow TF32"):
+        engine.run({})

@@ -24,8 +24,11 @@ class OnnxRuntimeEngine:
 
     device: "auto" (CUDA where it works), "cuda" or "cpu". On CUDA a network of fixed shape is captured in a CUDA graph
     when all of its nodes run there. Precision is what the graph says: fp32 products are not rounded to TF32 unless the
-    environment has NVIDIA_TF32_OVERRIDE=1. A CPU without fp16 arithmetic computes in fp32 instead, which is faster;
+    environment has NVIDIA_TF32_OVERRIDE=1, which PyTorch's convolutions do by default; without it cuDNN may choose
+    Fourier transforms, which take gigabytes. A CPU without fp16 arithmetic computes in fp32 instead, which is faster;
     as_exported forbids that.
+
+    Raises UserError where ONNX Runtime does: no CUDA, a graph that it refuses, no memory left.
     """
 
     def __init__(
@@ -72,9 +75,12 @@ class OnnxRuntimeEngine:
         for name, array in inputs.items():
             self._bound[name].update_inplace(np.ascontiguousarray(array, np.float32))
         uploaded = time.perf_counter()
-        if self._searches:
-            self._search()
-        self._session.run_with_iobinding(self._binding)  # returns when the device is done
+        try:
+            if self._searches:
+                self._search()
+            self._session.run_with_iobinding(self._binding)  # returns when the device is done
+        except Exception as error:  # ONNX Runtime raises many types, all of its own
+            raise UserError(self._advice(error)) from error
         ran = time.perf_counter()
         outputs = dict(zip(self._outputs, self._binding.copy_outputs_to_cpu(), strict=True))
         done = time.perf_counter()
@@ -95,6 +101,15 @@ class OnnxRuntimeEngine:
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0")
         self._session.run_with_iobinding(self._binding, options)
         self._searches = False
+
+    def _advice(self, error: Exception) -> str:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        sentence = f"ONNX Runtime cannot run {self.bundle.onnx}: {lines[0][:300]}"
+        if "alloc" not in sentence.lower() and "out of memory" not in sentence.lower():
+            return sentence
+        if self.bundle.manifest.precision == "fp32":
+            return f"{sentence}. Export it with --precision fp16, or allow TF32: NVIDIA_TF32_OVERRIDE=1."
+        return f"{sentence}. Close what else uses the GPU, or export a smaller --size."
 
     def _bind(self, inputs: Mapping[str, npt.NDArray[np.float32]]) -> None:
         shapes = {name: tuple(array.shape) for name, array in inputs.items()}
@@ -117,11 +132,11 @@ class OnnxRuntimeEngine:
         # there and forbidden one level below, where NVIDIA's libraries keep products of fp32 in fp32; unless something
         # else in this process, such as PyTorch, has loaded them before.
         half = self.bundle.manifest.precision == "fp16"
-        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+        rounding = os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0") == "1"
         common = {
             "device_id": "0",
             "cudnn_conv_algo_search": "EXHAUSTIVE",
-            "use_tf32": "1" if half else "0",
+            "use_tf32": "1" if half or rounding else "0",
             "enable_skip_layer_norm_strict_mode": "1",  # otherwise fused layer norms sum in fp16 and overflow
             "prefer_nhwc": "1",
             "fuse_conv_bias": "1",  # otherwise a slow kernel of cuDNN adds each bias (measured: a third of the time)
