@@ -25,8 +25,9 @@ exports() { # NAME FAMILY flags...: one export a line
     for variant in t16 n16; do
         for size in 480x640 376x1241; do
             for k in 1000 2000; do
-                echo "aliked_${variant}_${size}_k$k aliked --variant $variant --weights test/data/weights/aliked-$variant.pth" \
-                    "--size $size --keypoints $k --precision fp16"
+                line="aliked --variant $variant --weights test/data/weights/aliked-$variant.pth --size $size --keypoints $k --precision fp16"
+                echo "aliked_${variant}_${size}_k$k $line"
+                echo "deform_${variant}_${size}_k$k $line --deform-conv"
             done
         done
     done
@@ -39,10 +40,10 @@ export_one() { # as in a line above; a bundle that is there stays
     cat "$OUT/$1.log" && return 255 # xargs stops
 }
 
-bench() { # NAME "modes of PyTorch" "checkpoints" bundles...
+bench() { # NAME "modes of PyTorch, or nothing" "checkpoints" bundles...
     local bundles=()
     for name in "${@:4}"; do bundles+=("$out/$name.onnx"); done
-    $run bench "${bundles[@]}" --backend "$backend" --against $2 --weights $3 --runs 30 --warm-up 8 --out "$out/bench_$1.json" || failed+=("$1")
+    $run bench "${bundles[@]}" --backend "$backend" ${2:+--against $2 --weights $3} --runs 30 --warm-up 8 --out "$out/bench_$1.json" || failed+=("$1")
 }
 
 if [ "$part" != bench ]; then
@@ -60,10 +61,12 @@ failed=() # the others are measured all the same
 bench kestrel "pytorch" $kestrel kestrel_480x640
 bench roma "original" "$out/roma.pth $out/dinov2.pth" roma_accurate roma_fast roma_coarse
 bench eloftr "original original-autocast" "$out/eloftr.pth" eloftr_{480x640,832x832}_fp16
-bench eloftr_fp32 "original" "$out/eloftr.pth" eloftr_{480x640,832x832}_fp32
+bench eloftr_fp32 "" "" eloftr_{480x640,832x832}_fp32
+NVIDIA_TF32_OVERRIDE=1 bench eloftr_tf32 "original" "$out/eloftr.pth" eloftr_{480x640,832x832}_fp32
 bench dedode "original" "$out/dedode_detector_L.pth $out/dedode_descriptor_B.pth" dedode_k{1024,2048,3840,8192}
 bench aliked "original original-autocast" "$aliked" aliked_{t16,n16}_480x640_k{1000,2000}
 bench aliked_wide "original" "$aliked" aliked_{t16,n16}_376x1241_k{1000,2000}
+bench aliked_deform "" "" deform_{t16,n16}_{480x640,376x1241}_k{1000,2000}
 # torch.compile takes a minute or more for each network, and needs a C++ compiler.
 bench aliked_compiled "original-compiled" "$aliked" aliked_{t16,n16}_480x640_k1000
 bench dedode_compiled "original-compiled" "$out/dedode_detector_L.pth $out/dedode_descriptor_B.pth" dedode_k1024
