@@ -91,17 +91,18 @@ def dual_softmax(descriptors: list[Tensor], matchable: list[Tensor]) -> tuple[Te
     halves = [(x * x) @ torch.full((x.shape[2], 1), 0.5, dtype=dtype) for x in flat]
     above = [half - (_highest(half) - WEIGHT_LIFT) for half in halves]
     weights = [torch.exp(each) for each in above]
-    exponential = torch.exp(_product(flat, halves, LIFT, None))
+    exponential = torch.exp(_product(flat, [[half] for half in halves], [-1.0]))
     rows = exponential @ weights[-1][-1]
     columns = weights[0][0].reshape(1, -1) @ exponential
     totals = [rows[None], columns.reshape(1, -1, 1)]
     totals = totals if len(flat) == 2 else [torch.cat(totals)]
     least = max(torch.finfo(dtype).tiny / 512, 1e-37)  # what fp16 cannot hold any more
     shares = [
-        each.float() + (m.flatten(1)[:, :, None].float().sigmoid() / total.float().clamp(least, 1e30)).log()
-        for each, m, total in zip(above, matchable, totals, strict=True)
+        (m.flatten(1)[:, :, None].float().sigmoid() / total.float().clamp(least, 1e30)).log()
+        for m, total in zip(matchable, totals, strict=True)
     ]
-    logarithm = _product(flat, halves, LIFT, shares)
+    summands = [[*pair, *_in_two(share, dtype)] for *pair, share in zip(halves, above, shares, strict=True)]
+    logarithm = _product(flat, summands, [-1.0, 0.5, 0.5, 0.5])
     if isinstance(height1, int):
         partner = logarithm.argmax(1)
         best = logarithm.gather(1, partner[:, None]).flatten()
@@ -139,19 +140,16 @@ def confidence_of(logarithm: Tensor) -> Tensor:
     return torch.exp(2 * logarithm.float()).clamp(max=1.0)
 
 
-def _product(flat: list[Tensor], summands: list[Tensor], constant: float, shares: list[Tensor] | None) -> Tensor:
-    """The descriptors' products plus a constant, minus a summand of each, plus half a share of each, as one product.
+def _product(flat: list[Tensor], summands: list[list[Tensor]], factors: list[float]) -> Tensor:
+    """The descriptors' products plus LIFT and, of both sides, the summands times their factors, as one product.
 
-    flat [B, N, d], summands [B, N, 1] of its type, shares [B, N, 1] float32: one batch of two, or two of one.
+    flat [B, N, d], summands [B, N, 1] of its type: one batch of two, or two of one.
     """
-    if shares is not None:
-        pairs = (_in_two(share, x.dtype) for share, x in zip(shares, flat, strict=True))
-        summands = [torch.cat((summand, *pair), 2) for summand, pair in zip(summands, pairs, strict=True)]
-    (x0, x1), (added0, added1) = _each(flat), _each(summands)
-    ones = [-1.0, 0.5, 0.5][: added0.shape[1]]
-    zeros = [0.0] * (-(x0.shape[1] + 2 * len(ones) + 1) % 8)  # tensor cores read eight channels at once
-    a = torch.cat((x0, added0, _rows([*ones, 1.0, *zeros], x0)), 1)
-    b = torch.cat((x1, _rows(ones, x1), added1, _rows([constant, *zeros], x1)), 1)
+    columns = [torch.cat(each, 2) if len(each) > 1 else each[0] for each in summands]
+    (x0, x1), (added0, added1) = _each(flat), _each(columns)
+    zeros = [0.0] * (-(x0.shape[1] + 2 * len(factors) + 1) % 8)  # tensor cores read eight channels at once
+    a = torch.cat((x0, added0, _rows([*factors, 1.0, *zeros], x0)), 1)
+    b = torch.cat((x1, _rows(factors, x1), added1, _rows([LIFT, *zeros], x1)), 1)
     return a @ b.transpose(0, 1)
 
 
