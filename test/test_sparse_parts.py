@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from matchanything_tools.networks.maxima import largest
 from matchanything_tools.networks.mutual import match
 from matchanything_tools.networks.sampling import DeformableConv3x3, sample
-from matchanything_tools.networks.stripes import StripedConv, striped
+from matchanything_tools.networks.stripes import PairedConv, StripedConv, striped
 from matchanything_tools.networks.topk import topk, topk_blocks
 from matchanything_tools.networks.upsampling import upsampled_sum
 
@@ -192,3 +192,9 @@ def test_stripes_change_no_sum(inputs: int, kernel: int, stride: int, width: int
     assert torch.allclose(over_stripes(x), conv(x), atol=1e-4)
     if stride == 2:
         assert torch.allclose(over_stripes(x, 2, 16), conv(F.pad(x, (0, 16, 0, 2))), atol=1e-4)
+
+
+def test_pairs_of_columns_change_no_sum() -> None:
+    conv = torch.nn.Conv2d(5, 3, 3, 1, 1)
+    x = torch.rand(2, 5, 6, 8)
+    assert torch.allclose(PairedConv(conv)(x), conv(x), atol=1e-5)

@@ -25,7 +25,9 @@ class StripedConv(nn.Conv2d):
         kernel, stride = conv.kernel_size[0], conv.stride[0]
         # Colours get a fourth, empty plane: 32 channels are a third faster than 24 (measured with 864 x 864 pixels).
         colours = planes and conv.in_channels == 3
-        across, surplus = columns // stride, columns if colours else -columns * conv.in_channels % 8
+        # Fewer than 8 channels need not be filled up: there are kernels for them.
+        filled = columns * conv.in_channels > 8
+        across, surplus = columns // stride, columns if colours else filled * (-columns * conv.in_channels % 8)
         inputs, outputs = columns * conv.in_channels + surplus, across * conv.out_channels
         above, before = (int(padding) for padding in conv.padding)
         beside = int(kernel > stride or before > 0)  # a stripe on either side
@@ -63,6 +65,27 @@ class StripedConv(nn.Conv2d):
             x = F.pad(x, (0, right // self.columns, 0, below))
         x = super().forward(x).permute(0, 2, 3, 1)
         return x.reshape(batch, x.shape[1], x.shape[2] * self.across, -1).permute(0, 3, 1, 2)
+
+
+class PairedConv(nn.Conv2d):
+    """A 3x3 convolution that keeps the size; two neighbouring columns of its result are twice as many channels of one.
+
+    The kernel is four columns wide, and each of the two ignores one of them. Worth it for up to 64 channels, which
+    alone leave matrix units idle: on an H200, two maps of 120x160, from 96 to 64 channels: 18.6 us instead of 22.0.
+    """
+
+    def __init__(self, conv: nn.Module) -> None:
+        assert isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.stride == (1, 1)
+        super().__init__(conv.in_channels, 2 * conv.out_channels, (3, 4), (1, 2), 1, bias=conv.bias is not None)
+        weight = conv.weight.detach()
+        self.weight = nn.Parameter(torch.cat((F.pad(weight, (0, 1)), F.pad(weight, (1, 0)))), requires_grad=False)
+        if conv.bias is not None:
+            self.bias = nn.Parameter(conv.bias.detach().repeat(2), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, I, H, W] -> [B, O, H, W]; W is even."""
+        pairs = super().forward(x).permute(0, 2, 3, 1)
+        return pairs.reshape(*pairs.shape[:2], 2 * pairs.shape[2], -1).permute(0, 3, 1, 2)
 
 
 def striped(conv: nn.Module, width: int, *, planes: bool = False) -> nn.Conv2d:

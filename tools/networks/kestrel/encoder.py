@@ -15,8 +15,8 @@ from torch.nn import functional as F  # noqa: N812
 from matchanything_tools.networks.kestrel.attending import BLOCK, Attention, FixedAttention, Grid, interpolation, table
 from matchanything_tools.networks.kestrel.blocks import AggregatedAttention
 from matchanything_tools.networks.kestrel.model import SHARPNESS, Features, Kestrel
-from matchanything_tools.networks.products import transposed_matmul
-from matchanything_tools.networks.stripes import StripedConv
+from matchanything_tools.networks.products import Pointwise, transposed_matmul
+from matchanything_tools.networks.stripes import PairedConv, StripedConv
 
 
 class Encoder(nn.Module):
@@ -33,7 +33,8 @@ class Encoder(nn.Module):
         self.network = network
         self.self_layers = nn.ModuleList(self.layer(layer, True) for layer in _layers(network.self_layers))
         self.cross_layers = nn.ModuleList(self.layer(layer, False) for layer in _layers(network.cross_layers))
-        self.descriptor = _scaled(network.descriptor, (SHARPNESS / network.dim) ** 0.5)
+        self.descriptor: nn.Module = _scaled(network.descriptor, (SHARPNESS / network.dim) ** 0.5)
+        self.matchable = network.matchable
         window = network.window
         scale = window.key.out_channels**-0.5
         self.register_buffer("query_context", window.query_context.weight.detach().T * scale)
@@ -63,7 +64,7 @@ class Encoder(nn.Module):
         fine = self.network.merge1(self.merged(x1, x2, tokens))
         return Features(
             self.descriptor(tokens),
-            self.network.matchable(tokens).squeeze(-1),
+            self.matchable(tokens).squeeze(-1),
             fine.permute(0, 2, 3, 1),
             self.query_detail(fine).permute(0, 2, 3, 1) + tokens @ self.query_context,
             self.normalised(self.network.patch.project(fine)),
@@ -95,10 +96,15 @@ class FixedEncoder(Encoder):
 
     def __init__(self, network: Kestrel) -> None:
         super().__init__(network)
-        self.second = StripedConv(network.stage1[1][0], 2)  # type: ignore[index]
+        self.first = StripedConv(network.stage1[0][0], 2)  # type: ignore[index]
+        self.second = PairedConv(network.stage1[1][0])  # type: ignore[index]
+        self.down = StripedConv(network.stage3[0][0], 2)  # type: ignore[index]
+        self.descriptor = Pointwise(self.descriptor)
+        self.matchable = nn.Sequential(Pointwise(network.matchable[0]), network.matchable[1:])
         lateral3, lateral2, lateral1 = network.lateral3, network.lateral2, network.lateral1
         self.lateral3 = _with_bias(lateral3, lateral3.bias + lateral2.bias)  # type: ignore[operator]
-        self.merge2 = _with_bias(network.merge2[0], network.merge2[0].bias + lateral1.bias)  # type: ignore[index,operator]
+        merge2 = _with_bias(network.merge2[0], network.merge2[0].bias + lateral1.bias)  # type: ignore[index,operator]
+        self.merge2 = PairedConv(merge2)
         self.register_buffer("floor", lateral1.bias.detach().clone())  # type: ignore[union-attr]
         self.register_buffer("from_quarter", lateral2.weight.detach().flatten(1).T.contiguous())
         self.register_buffer("from_half", lateral1.weight.detach().flatten(1).T.contiguous())
@@ -120,10 +126,10 @@ class FixedEncoder(Encoder):
         return [self.heads(x1, x2, x)]
 
     def pyramid(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As Kestrel.pyramid, with pairs of columns as channels of the second convolution."""
-        x1 = F.relu(self.second(self.network.stage1[0](self.standardised(images))))
+        """As Kestrel.pyramid, with pairs of columns as channels where that is faster."""
+        x1 = F.relu(self.second(F.relu(self.first(self.standardised(images)))))
         x2 = self.network.stage2(x1)
-        return x1, x2, self.network.stage3(x2)
+        return x1, x2, self.network.stage3[1:](F.relu(self.down(x2)))
 
     def standardised(self, images: Tensor) -> Tensor:
         """As Kestrel.standardised, with means as products."""
