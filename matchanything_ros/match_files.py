@@ -85,12 +85,17 @@ def match_pair(
 
 def check_matcher_arguments(args: argparse.Namespace) -> None:
     """Raise UserError for values that no matcher can have."""
-    if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
-        raise UserError(f"--score-threshold is {args.score_threshold}: give a number from 0 to 1.")
-    if args.max_matches is not None and args.max_matches < 1:
-        raise UserError(f"--max-matches is {args.max_matches}: give a positive number.")
+    check_limits(args.score_threshold, args.max_matches)
     if not (math.isfinite(args.ransac_threshold) and args.ransac_threshold > 0):
         raise UserError(f"--ransac-threshold is {args.ransac_threshold}: give a positive number of pixels.")
+
+
+def check_limits(score_threshold: float | None, max_matches: int | None) -> None:
+    """Raise UserError unless these are values of --score-threshold and --max-matches, or None."""
+    if score_threshold is not None and not 0 <= score_threshold <= 1:
+        raise UserError(f"--score-threshold is {score_threshold}: give a number from 0 to 1.")
+    if max_matches is not None and max_matches < 1:
+        raise UserError(f"--max-matches is {max_matches}: give a positive number.")
 
 
 def read_image(path: Path) -> Image:

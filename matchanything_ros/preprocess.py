@@ -36,7 +36,8 @@ def check_image(image: Image, name: str = "image") -> None:
         shape = getattr(image, "shape", type(image).__name__)
         raise UserError(f"{name} has shape {shape}: give a gray [H, W] or RGB [H, W, 3] array.")
     if image.shape[0] < 2 or image.shape[1] < 2:
-        raise UserError(f"{name} is empty ({image.shape[1]}x{image.shape[0]} pixels): check where it comes from.")
+        size = f"{image.shape[1]}x{image.shape[0]} pixels"
+        raise UserError(f"{name} is {'too small' if image.size else 'empty'} ({size}): give at least 2x2 pixels.")
     if image.dtype != np.uint8 and image.dtype != np.float32:
         raise UserError(f"{name} has type {image.dtype}: give uint8, or float32 in [0, 1].")
     if image.dtype == np.float32 and not np.isfinite(image).all():

@@ -95,9 +95,52 @@ def test_plain_folders(tmp_path: Path) -> None:
     one, two = read_pairs(tmp_path)
     assert one.homography is not None and one.homography[2, 2] == 1 and one.homography[0, 2] == -20
     assert two.homography is None and two.category == "no overlap"
-    (tmp_path / "pairs" / "one" / "H.txt").write_text("1 2 3")
-    with pytest.raises(UserError, match="homography of pair one"):
+    (tmp_path / "pairs" / "one" / "0.json").write_text("{}")  # what is no image does not take its place
+    truth = tmp_path / "pairs" / "one" / "H.txt"
+    truth.write_text("1, 0, 5\n0, 1, 6\n0, 0, 1\n")
+    first = read_pairs(tmp_path)[0]
+    assert first.homography is not None and first.homography[1, 2] == 6 and first.files[0].name == "0.png"
+    for text, sentence in {
+        "1 2 3": "homography of pair one",
+        "": "homography of pair one",
+        "1 0 a 0 1 0 0 0 1": "no 3x3 matrix",
+        "1 2 3 2 4 6 0 0 1": "to a line",
+    }.items():
+        truth.write_text(text)
+        with pytest.raises(UserError, match=sentence):
+            read_pairs(tmp_path)
+    (tmp_path / "pairs" / "two" / "1.jpg").unlink()
+    truth.unlink()
+    with pytest.raises(UserError, match="two holds only one image of two"):
         read_pairs(tmp_path)
+
+
+def test_files_of_a_list_in_any_of_its_three_places(tmp_path: Path) -> None:
+    entry = {"name": "x", "files": ["x/0.png", "x/1.png"], "homography": None}
+    for number, (place, given) in enumerate([("x", "."), ("pairs/x", "."), ("pairs/x", "pairs"), ("some/x", "some")]):
+        root = tmp_path / str(number)
+        (root / place).mkdir(parents=True)
+        (root / "pairs.json").write_text(json.dumps({"pairs": [entry]}))
+        for name in ("0.png", "1.png"):
+            (root / place / name).write_bytes(b"")
+        assert read_pairs(root / given)[0].files[1] == root / place / "1.png"
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--score-threshold 3", "from 0 to 1"),
+        ("--max-matches 0", "positive"),
+        ("--shuffled -1", "--shuffled is -1"),
+        ("--poses -1", "--poses is -1"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(
+    flags: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(PAIRS), *flags.split(), "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from matchanything_ros.engines import BACKENDS
 from matchanything_ros.errors import UserError
 from matchanything_ros.homography import estimate_homography
-from matchanything_ros.match_files import read_image
+from matchanything_ros.match_files import check_limits, read_image
 from matchanything_ros.matcher import Matcher, Matches
 from matchanything_ros.outputs import new_folder
 from matchanything_ros.progress import Progress
@@ -47,6 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_limits(args.score_threshold, args.max_matches)
+    for name in ("shuffled", "poses"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} is {getattr(args, name)}: give a number of pairs, or 0 for none.")
     pairs = read_pairs(args.pairs)
     if not args.bundles and args.baseline == "none":
         raise UserError("There is nothing to evaluate: name a bundle, or use --baseline sift.")
