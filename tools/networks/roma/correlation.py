@@ -54,7 +54,8 @@ def _dots(left: torch.Tensor, right: torch.Tensor, cells: torch.Tensor, height: 
     target0 = (row0.to(torch.int32) * width)[..., None] + column[0]  # cell of image 1 for each of image 0
     target1 = column[1] * stride + torch.arange(count, dtype=torch.int32)[:, None, None]
     edges = _bands(height, width * stride * left.element_size())
-    forward, backward = [], []
+    forward: list[torch.Tensor] = []
+    backward: torch.Tensor | None = None
     after: torch.Tensor | None = None
     for start, end in pairwise(edges):
         rows = left[start * width : end * width]
@@ -73,11 +74,10 @@ def _dots(left: torch.Tensor, right: torch.Tensor, cells: torch.Tensor, height: 
         after = numbers[:1].clamp(0.0, 0.0)
         picked0, picked1 = numbers[: index0.numel()].view(index0.shape), numbers[index0.numel() :].view(index1.shape)
         forward.append(picked0)
-        backward.append(picked1 if len(edges) == 2 else picked1 * (row == local).to(numbers.dtype)[..., None])
-    total = backward[0]
-    for more in backward[1:]:
-        total = total + more
-    return torch.stack((torch.cat(forward), total))
+        # Each of its windows' rows lies in one band: what the first one wrote elsewhere is overwritten.
+        backward = picked1 if backward is None else torch.where((row == local)[..., None], picked1, backward)
+    assert backward is not None
+    return torch.stack((torch.cat(forward), backward))
 
 
 def _pick(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

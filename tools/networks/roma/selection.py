@@ -18,7 +18,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from matchanything_tools.networks.topk import topk, topk_blocks
+from matchanything_tools.networks.topk import quotient, topk, topk_blocks
 
 FINE, COARSE = 4, 16  # sides of the cells, in pixels of the network's input
 CERTAIN = 0.05
@@ -58,13 +58,12 @@ def select(
     scores, by_score = topk(best.flatten().index_select(0, chosen), count)
     chosen = chosen.index_select(0, by_score)
 
-    cell = chosen // (ratio * ratio)
+    cell, _ = quotient(chosen, ratio * ratio)
     part = order.flatten().index_select(0, chosen)
     inner = pixel.flatten().index_select(0, cell * (ratio * ratio) + part)
-    direction = cell // (rows * columns)
-    place = cell % (rows * columns)
-    y = (place // columns) * coarse + (part // ratio) * fine + inner // fine
-    x = (place % columns) * coarse + (part % ratio) * fine + inner % fine
+    direction, place = quotient(cell, rows * columns)
+    steps = [quotient(index, divisor) for index, divisor in ((place, columns), (part, ratio), (inner, fine))]
+    y, x = (large * coarse + small * fine + least for large, small, least in zip(*steps, strict=True))
     y, x = y.clamp(max=height - 1), x.clamp(max=width - 1)  # the padding has no certainty
 
     # Read from the planes of x and y: to turn the whole flow around takes longer than all of this.
