@@ -25,8 +25,9 @@ from matchanything_ros.matcher import Matcher
 from matchanything_ros.preprocess import prepare
 from matchanything_tools.checkpoints import load_strict, read_checkpoint
 from matchanything_tools.networks.aliked import VARIANTS, Aliked, FeatureReader
-from matchanything_tools.networks.aliked.detection import detect, refine, select, suppress
+from matchanything_tools.networks.aliked.detection import LEAST, detect, refine, select, suppress
 from matchanything_tools.networks.aliked.features import ReadFeatures, WholeFeatures, Window, upsample
+from matchanything_tools.networks.aliked.padding import PaddingConv, pad_edges
 from matchanything_tools.networks.sampling import sample
 from matchanything_tools.networks.sparse_pair import SparsePair, dynamic_shapes
 
@@ -112,6 +113,29 @@ def test_suppression_and_selection_by_hand() -> None:
     assert np.array_equal(pixels[0].numpy(), (rows * values.shape[1] + columns)[order[:40]])
     best, _ = select(suppress(scores), 500)  # more than there are maxima, and than there are blocks
     assert (best[0] > 0).sum() == kept.sum() and (best[0, kept.sum() :] == 0).all()
+
+
+def test_selection_by_logits_in_half_precision() -> None:
+    """The same pixels as by scores, in any order; LEAST where there are no more maxima or blocks."""
+    logits = (score_map() * 8 - 4).half()
+    maxima = suppress(torch.sigmoid(logits.float()))
+    for k in (40, 500):
+        best, pixels = select(maxima, k)
+        ranks, found = select(maxima, k, ordered=False, ranks=logits)
+        assert set(found[ranks > LEAST].tolist()) == set(pixels[best > 0].tolist())
+        assert torch.equal(logits.flatten()[found[ranks > LEAST]], ranks[ranks > LEAST])
+
+
+@pytest.mark.parametrize(("height", "width"), [(50, 70), (64, 33), (64, 96)])
+def test_first_convolution_pads(height: int, width: int) -> None:
+    """One Gather into stripes, against padding and a convolution."""
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(3, 4, 3, padding=1)
+    image = torch.rand(2, 3, height, width)
+    with torch.inference_mode():
+        wanted = convolution(pad_edges(image))
+        assert wanted.shape[2] % 32 == wanted.shape[3] % 32 == 0
+        assert torch.allclose(PaddingConv(convolution, 8, planes=True)(image), wanted, atol=1e-6)
 
 
 def test_threshold_falls_back_to_the_mean() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from matchanything_tools.networks.attention import add_function_bodies
 from matchanything_tools.networks.maxima import largest
 from matchanything_tools.networks.mutual import match
 from matchanything_tools.networks.sampling import DeformableConv3x3, sample
@@ -167,6 +169,29 @@ def test_deformable_convolution_is_its_definition() -> None:
             at = bilinear(x[0].numpy(), column + tap % 3 - 1 + dx, row + tap // 3 - 1 + dy)
             value += weight[:, :, tap // 3, tap % 3] @ at
         assert np.allclose(found[:, row, column], value, atol=1e-4)
+
+
+def test_deformable_convolution_exported(tmp_path: Path) -> None:
+    """As the operator, which ONNX Runtime has, and as its body, which TensorRT's parser takes: both are the network."""
+    torch.manual_seed(0)
+    convolution = DeformableConv3x3(4, 5).eval()
+    convolution.regular_conv.bias = torch.nn.Parameter(torch.randn(5))  # as after fusing
+    convolution.as_operator = True
+    x = torch.randn(2, 4, 6, 8)
+    program = torch.onnx.export(convolution, (x,), dynamo=True, opset_version=20, verbose=False)
+    assert program is not None
+    add_function_bodies(program.model)
+    program.save(str(tmp_path / "operator.onnx"))
+    model = onnx.load(tmp_path / "operator.onnx")
+    (node,) = (node for node in model.graph.node if node.op_type == "DeformConv")
+    node.domain = model.functions[0].domain = "bodies"  # in which nobody has an operator
+    model.opset_import.add(domain="bodies", version=1)
+    onnx.save(model, tmp_path / "body.onnx")
+    with torch.inference_mode():
+        wanted = convolution(x).numpy()
+    for name in ("operator", "body"):
+        found = onnxruntime.InferenceSession(str(tmp_path / f"{name}.onnx")).run(None, {"x": x.numpy()})[0]
+        assert np.allclose(found, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,10 @@ from onnxscript import script
 from onnxscript.values import Opset
 from torch import nn
 
+from matchanything_tools.networks.lengths import SkipSimplifiedLayerNormalization
 from matchanything_tools.networks.products import DOMAIN, FusedMatMul
 from matchanything_tools.networks.rotary import RotaryEmbedding
+from matchanything_tools.networks.sampling import DeformConv
 
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -141,15 +143,18 @@ def SkipLayerNormalization(input, skip, gamma, beta, bias, epsilon: float):  # t
 
 
 def add_function_bodies(model: onnx_ir.Model) -> None:
-    """Give the nodes of an exported model that are ONNX Runtime's own their bodies in standard operators."""
-    outputs = {node.op_type: len(node.outputs) for node in model.graph if node.domain == DOMAIN}
-    for body in (MultiHeadAttention, SkipLayerNormalization, FusedMatMul, RotaryEmbedding):
+    """Give the nodes of an exported model that are ONNX Runtime's own, or that TensorRT's parser does not know, their
+    bodies in standard operators. A runtime that has an operator of a body's name runs that."""
+    outputs = {node.op_type: len(node.outputs) for node in model.graph}
+    bodies = (MultiHeadAttention, SkipLayerNormalization, FusedMatMul, RotaryEmbedding)
+    for body in (*bodies, SkipSimplifiedLayerNormalization, DeformConv):
         if body.name in outputs:
             function = onnx_ir.from_proto(body.to_function_proto())
             assert isinstance(function, onnx_ir.Function)
             del function.outputs[outputs[body.name] :]  # TensorRT's parser wants as many as the nodes have
             model.functions[function.identifier()] = function
-            model.opset_imports.setdefault(DOMAIN, 1)
+            if function.domain == DOMAIN:
+                model.opset_imports.setdefault(DOMAIN, 1)
 
 
 class Mlp(nn.Module):

@@ -20,12 +20,15 @@ def largest(x: Tensor, axis: int) -> Tensor:
     length = x.shape[axis]
     if not isinstance(length, int):
         return x.amax(dim=axis, keepdim=True)
-    # One channel, which is said to be the last in memory: so ONNX Runtime need not copy a large matrix to make it so.
-    planes = x.reshape(-1, *x.shape[-2:], 1).permute(0, 3, 1, 2)
+    # One channel, or each column one, which is said to be the last in memory: so ONNX Runtime need not copy a large
+    # matrix to make it so.
+    shape = (-1, length, 1, x.shape[-1]) if axis == -2 else (-1, x.shape[-2], length, 1)
+    planes = x.reshape(shape).permute(0, 3, 1, 2)
     steps = 1 if length <= 64 else 2 if length <= 256 else 3
     for left in range(steps, 0, -1):
-        size = planes.shape[axis]
-        step = math.ceil(size ** (1 / left))
+        # The first of several is larger: 19 us instead of 26 for the columns of 2000 x 2000 on an H200.
+        step = math.ceil((4 if left == 3 else 1) ** (1 / 3) * planes.shape[axis] ** (1 / left))
         window = (1, step) if axis == -1 else (step, 1)
         planes = F.max_pool2d(planes, window, stride=window, ceil_mode=True)
-    return planes.permute(0, 2, 3, 1).reshape(*x.shape[:-2], *planes.shape[-2:])
+    result = planes.permute(0, 2, 3, 1)
+    return result.reshape(*x.shape[:-2], *((1, x.shape[-1]) if axis == -2 else (x.shape[-2], 1)))

@@ -60,11 +60,15 @@ class StripedConv(nn.Conv2d):
             x = x.permute(0, 2, 3, 1).reshape(batch, height, count, -1)
         if self.surplus and not self.colours:
             x = F.pad(x, (0, self.surplus))
+        return self.of_stripes(x, below, right)
+
+    def of_stripes(self, x: Tensor, below: int = 0, right: int = 0) -> Tensor:
+        """The same of stripes, [B, H, stripes, channels]."""
         x = x.permute(0, 3, 1, 2)
         if below or right:
             x = F.pad(x, (0, right // self.columns, 0, below))
         x = super().forward(x).permute(0, 2, 3, 1)
-        return x.reshape(batch, x.shape[1], x.shape[2] * self.across, -1).permute(0, 3, 1, 2)
+        return x.reshape(x.shape[0], x.shape[1], x.shape[2] * self.across, -1).permute(0, 3, 1, 2)
 
 
 class PairedConv(nn.Conv2d):

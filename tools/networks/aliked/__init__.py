@@ -14,10 +14,11 @@ from matchanything_tools.checkpoints import load_strict, read_checkpoint
 from matchanything_tools.export import Exportable, weights_info
 from matchanything_tools.fingerprints import guess_family
 from matchanything_tools.networks import sparse_pair
-from matchanything_tools.networks.aliked.backbone import DIVISOR, VARIANTS, Backbone, Variant
+from matchanything_tools.networks.aliked.backbone import VARIANTS, Backbone, Variant
 from matchanything_tools.networks.aliked.description import DescriptorHead
 from matchanything_tools.networks.aliked.detection import detect
 from matchanything_tools.networks.aliked.features import Features, ReadFeatures, WholeFeatures, Window
+from matchanything_tools.networks.aliked.padding import DIVISOR, PaddingConv, pad_edges, surplus
 from matchanything_tools.networks.sampling import DeformableConv3x3
 from matchanything_tools.networks.sparse_pair import SparsePair
 
@@ -49,9 +50,13 @@ class Aliked(Backbone):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Image [B, 3, H, W] in [0, 1] -> keypoints [B, K, 2], scores [B, K] (0: padding), descriptors [B, K, D]."""
         height, width = image.shape[2:]
-        padded, (left, top) = pad_edges(image)
-        scores, groups = super().forward(padded.to(self.conv1.weight.dtype))
-        keypoints, values = detect(scores.narrow(2, top, height).narrow(3, left, width), self.keypoints, self.threshold)
+        left, top = surplus(width) // 2, surplus(height) // 2
+        padded = image if isinstance(self.block1.conv1, PaddingConv) else pad_edges(image)
+        logits, groups = super().forward(padded.to(self.conv1.weight.dtype))
+        logits = logits.narrow(2, top, height).narrow(3, left, width)
+        scores = torch.sigmoid(logits.float())
+        ranks = logits if logits.dtype == torch.float16 else None
+        keypoints, values = detect(scores, self.keypoints, self.threshold, ranks)
         # The features are not cropped, which would copy them: what is read of them is limited to the image instead.
         first = torch.stack([_float(side, image) for side in (left, top)])
         window = Window(first, first + torch.stack([_float(side - 1, image) for side in (width, height)]))
@@ -60,19 +65,6 @@ class Aliked(Backbone):
             values,
             self.desc_head(self.features(groups, window), keypoints + first, max(height, width) / 4),
         )
-
-
-def pad_edges(image: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Repeat the border pixels until both sides are multiples of 32, half on each side; returns (left, top) as well."""
-    before = []
-    for axis in (2, 3):
-        side = image.shape[axis]
-        surplus = (side + DIVISOR - 1) // DIVISOR * DIVISOR - side
-        if not isinstance(surplus, int) or surplus:
-            place = torch.arange(side + surplus, device=image.device) - surplus // 2
-            image = image.index_select(axis, place.clamp(min=0, max=side - 1))
-        before.append(surplus // 2)
-    return image, (before[1], before[0])
 
 
 def feature_reader(variant: Variant, keypoints: int, size: tuple[int, int] | None) -> FeatureReader:
@@ -93,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--detection-threshold", type=float, help="detect where the score is above this, at most --keypoints"
     )
     parser.add_argument(
-        "--deform-conv", action="store_true", help="use this operator: for ONNX Runtime on the CPU, not for TensorRT"
+        "--deform-conv", action="store_true", help="use this operator, as fixed fp16 networks do: faster on a CPU"
     )
 
 
@@ -116,7 +108,7 @@ def exportable(args: argparse.Namespace) -> Exportable:
     network.eval().fuse()
     for module in network.modules():
         if isinstance(module, DeformableConv3x3):
-            module.as_operator = args.deform_conv
+            module.as_operator = args.deform_conv or (fixed and args.precision == "fp16")
     if args.precision == "fp16":
         if fixed:
             network.stripe()

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from matchanything_tools.networks.aliked.features import upsample
+from matchanything_tools.networks.aliked.padding import DIVISOR, PaddingConv
 from matchanything_tools.networks.sampling import DeformableConv3x3
 from matchanything_tools.networks.stripes import striped, striped_average
 from matchanything_tools.networks.upsampling import upsampled_sum
-
-DIVISOR = 32  # the lowest resolution is 1/32
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,8 @@ class Backbone(nn.Module):
         self.reduce = nn.ModuleList()  # the first layer of the score head for each of the four groups: see fuse
 
     def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Image [B, 3, H, W] in [0, 1], H and W multiples of 32 -> score map [B, 1, H, W] float32 in (0, 1), and
-        four groups of channels of the features (see features.py), [B, dim / 4, H / s, W / s] with s = 1, 2, 8, 32."""
-        size = image.shape[2:]
+        """Image [B, 3, H, W] in [0, 1], H and W multiples of 32 -> logits of the score map [B, 1, H, W], and four
+        groups of channels of the features (see features.py), [B, dim / 4, H / s, W / s] with s = 1, 2, 8, 32."""
         x1 = self.block1(image)
         x2 = self.block2(self.pool2(x1))
         x3 = self.block3(self.pool3(x2))
@@ -107,8 +105,7 @@ class Backbone(nn.Module):
             F.selu(self.conv3(x3)),
             F.selu(self.conv4(x4)),
         ]
-        scores = torch.sigmoid(self._score_logits(groups, size).float())
-        return scores, groups
+        return self._score_logits(groups), groups
 
     def fuse(self) -> None:
         """Fold every batch norm into a convolution; afterwards the keys are no longer those of the checkpoint."""
@@ -127,13 +124,14 @@ class Backbone(nn.Module):
         self.pool2, self.pool3, self.pool4 = striped_average(c1, 2), striped_average(c2, 4), striped_average(c3, 4)
         width, half = DIVISOR, DIVISOR // 2  # or a multiple
         first, second = self.block1, self.block2
-        first.conv1, first.conv2 = striped(first.conv1, width, planes=True), striped(first.conv2, width)
+        first.conv1, first.conv2 = PaddingConv(first.conv1, 8, planes=True), striped(first.conv2, width)
         second.conv1, second.conv2 = striped(second.conv1, half), striped(second.conv2, half)
         self.conv1, self.reduce[0] = striped(self.conv1, width), striped(self.reduce[0], width)
         for layer in (2, 4, 6):
             self.score_head[layer] = striped(self.score_head[layer], width)
 
-    def _score_logits(self, groups: list[Tensor], size: torch.Size) -> Tensor:
+    def _score_logits(self, groups: list[Tensor]) -> Tensor:
+        size = groups[0].shape[2:]
         x, *low = (reduce(group) for reduce, group in zip(self.reduce, groups, strict=True))
         if x.dtype == torch.float16 and isinstance(size[0], int) and isinstance(size[1], int):
             x = x + upsampled_sum(low, (size[0], size[1]), align_corners=True)

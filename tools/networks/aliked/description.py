@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from matchanything_tools.networks.aliked.features import Features
-from matchanything_tools.networks.lengths import lengths
+from matchanything_tools.networks.lengths import of_unit_length
 from matchanything_tools.networks.sampling import pixel_grid
 
 
@@ -42,5 +42,4 @@ class DescriptorHead(nn.Module):
         around = keypoints.unsqueeze(3) + offsets.reshape(batch, count, 2, positions)  # all x, then all y
         sampled = features.between(around.transpose(2, 3)).to(dtype)
         sampled = F.selu(F.linear(sampled, self.sf_conv.weight.flatten(1)))  # [B, K, M, dim]
-        descriptors = (sampled.flatten(2) @ self.agg_weights.flatten(0, 1)).float()
-        return descriptors / lengths(descriptors)
+        return of_unit_length((sampled.flatten(2) @ self.agg_weights.flatten(0, 1)).float())
