@@ -56,7 +56,7 @@ def local_affine(
     # The prior: its weight on the diagonal, its map times its weight in the place of the mixed moments.
     prior = whole.index_select(0, _index((SCATTER, SCATTER, SCATTER, 0, 1, 2, 3), whole))  # row SCATTER is 1
     factors = _column([PRIOR * (k != XY) for k in range(7)], moments)
-    solution = _solve(moments + prior * (factors * highest.clamp(min=1e-6)))[:, :-1]
+    solution = _solve(moments + prior * (factors * highest))[:, :-1]
     return solution[:4], solution[CROSS:]
 
 

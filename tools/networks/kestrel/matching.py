@@ -148,8 +148,8 @@ def _product(flat: list[Tensor], summands: list[list[Tensor]], factors: list[flo
     columns = [torch.cat(each, 2) if len(each) > 1 else each[0] for each in summands]
     (x0, x1), (added0, added1) = _each(flat), _each(columns)
     zeros = [0.0] * (-(x0.shape[1] + 2 * len(factors) + 1) % 8)  # tensor cores read eight channels at once
-    a = torch.cat((x0, added0, _rows([*factors, 1.0, *zeros], x0)), 1)
-    b = torch.cat((x1, _rows(factors, x1), added1, _rows([LIFT, *zeros], x1)), 1)
+    a = torch.cat((x0, _rows([*factors, 1.0, *zeros], x0), added0), 1)
+    b = torch.cat((x1, added1, _rows([LIFT, *zeros, *factors], x1)), 1)
     return a @ b.transpose(0, 1)
 
 

@@ -84,6 +84,7 @@ class Patch(nn.Module):
     grid: Tensor
     spread0: Tensor
     spread1: Tensor
+    everywhere: Tensor
 
     def __init__(self, refiner: PatchRefiner) -> None:
         super().__init__()
@@ -110,7 +111,7 @@ class Patch(nn.Module):
         # Probabilities add up to 1: their weights take the bias. What they are filled up with has none.
         probability = refiner.grid.T + last.bias.detach()[:2, None]
         final = torch.cat((probability, torch.zeros(2, PADDED - samples), last.weight.detach()[:2]), 1)
-        self.middle, self.last = _Product(second), _Product(final[[0, 1, 0, 1]])
+        self.middle, self.last = _Product(second), _Rows(final[[0, 1, 0, 1]])
         # Steps [4] (two rows, from x and y) times these are the samples' places about the centre, x, y, x, y, ...
         grid = refiner.grid.detach()
         spread = torch.zeros(2, 2, samples, 2)
@@ -118,6 +119,8 @@ class Patch(nn.Module):
             spread[axis, 0, :, axis], spread[axis, 1, :, axis] = grid[:, 0], grid[:, 1]
         self.register_buffer("spread0", F.pad(grid, (0, 0, 0, PADDED - samples)).reshape(1, -1), persistent=False)
         self.register_buffer("spread1", spread.reshape(4, -1), persistent=False)
+        # Moves [4] (two summands in x, two in y) times these are those of all the samples.
+        self.register_buffer("everywhere", torch.eye(2).repeat_interleave(2, 0).repeat(1, samples), persistent=False)
 
     def forward(
         self, detail0: Tensor, detail1: Tensor, at0: Tensor, at1: Tensor, affine: Tensor, area: Tensor, rounds: int
@@ -131,16 +134,21 @@ class Patch(nn.Module):
         one = F.pad(torch.ones(1, 1, device=at0.device), (0, 0, 0, 10)).expand(-1, area.shape[1])
         condition = self.condition(torch.cat((step * unit, area.log(), one)).to(dtype).T)
         to0, to1 = (per_pixel(detail) for detail in (detail0, detail1))
-        step = (step * (2 * to1).repeat_interleave(2)[:, None]).T
-        patch0 = _sample(detail0, at0, unit.reshape(-1, 1) * (2 * self.spread0 * to0.repeat(PADDED))).to(dtype)
-        spread, filled = step @ self.spread1, patch0.new_zeros(len(step), PADDED - PATCH * PATCH)
+        step = step * (2 * to1).repeat_interleave(2)[:, None]
+        spread = unit.reshape(-1, 1) * (2 * self.spread0 * to0.repeat(PADDED))
+        patch0 = _sample(detail0, at0[:, None] + spread.reshape(len(at0), -1, 2)).to(dtype)
+        spread, filled = step.T @ self.spread1, patch0.new_zeros(len(at0), PADDED - PATCH * PATCH)
+        places = at1[:, None] + spread.reshape(len(at0), -1, 2)
+        moves = []
         for _ in range(rounds):
-            patch1 = _sample(detail1, at1, spread).to(dtype)
+            patch1 = _sample(detail1, places).to(dtype)
             x = self.pairs((patch1 @ patch0.transpose(1, 2)).flatten(1)) + condition
             hidden = F.relu(self.middle(F.relu(x)))
             shift = self.last(torch.cat((torch.softmax(x[:, self.logits], 1), filled, hidden), 1)).float()
-            at1 = at1 + (step * shift).reshape(-1, 2, 2).sum(2)
-        return at1
+            moves.append(step * shift)
+            # As a product, which takes less time than to add the summands up and then to all places.
+            places = places + (moves[-1].T @ self.everywhere).reshape(places.shape)
+        return at1 + sum(moves[1:], moves[0]).T @ self.everywhere[:, :2] if moves else at1
 
 
 def per_pixel(detail: Tensor) -> Tensor:
@@ -161,10 +169,9 @@ def pixels(at: Tensor, detail: Tensor) -> Tensor:
     return (at - (scale / 2 - 1)) / scale
 
 
-def _sample(detail: Tensor, centres: Tensor, spread: Tensor) -> Tensor:
-    """Features [K, N, c] at centres [K, 2] + spread [K, 2 N]."""
-    at = centres[:, None] + spread.reshape(spread.shape[0], -1, 2)
-    return F.grid_sample(detail.float(), at[None], align_corners=False).permute(0, 2, 3, 1).squeeze(0)
+def _sample(detail: Tensor, places: Tensor) -> Tensor:
+    """Features [K, N, c] at places [K, N, 2]."""
+    return F.grid_sample(detail.float(), places[None], align_corners=False).permute(0, 2, 3, 1).squeeze(0)
 
 
 class _Product(nn.Module):
@@ -176,6 +183,17 @@ class _Product(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight
+
+
+class _Rows(nn.Module):
+    """weight @ x^T: the same, results as rows."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight @ x.T
 
 
 def _linear_layers(layers: nn.Sequential) -> list[nn.Linear]:
