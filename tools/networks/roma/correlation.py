@@ -49,11 +49,14 @@ def _dots(left: torch.Tensor, right: torch.Tensor, cells: torch.Tensor, height: 
     stride = -(-count // 8) * 8  # matrix units want it
     if stride > count:
         right = torch.cat((right, right.new_zeros(stride - count, right.shape[1])))
-    column = cells[:, 0].to(torch.int32)[:, :, None, :]
-    row0, row1 = cells[0, 1], cells[1, 1]
-    target0 = (row0.to(torch.int32) * width)[..., None] + column[0]  # cell of image 1 for each of image 0
-    target1 = column[1] * stride + torch.arange(count, dtype=torch.int32)[:, None, None]
+    x, y = (axis.squeeze(1) for axis in cells.split(1, 1))
+    column = x.to(torch.int32)[:, :, None, :]
+    row0, row1 = y[0], y[1]
     edges = _bands(height, width * stride * left.element_size())
+    own = [torch.arange(0, (end - start) * width * stride, stride, dtype=torch.int32) for start, end in pairwise(edges)]
+    target0 = (row0.to(torch.int32) * width)[..., None] + column[0]  # cell of image 1 for each of image 0
+    target0 = target0 + torch.cat(own)[:, None, None]  # among the products of its band
+    target1 = column[1] * stride + torch.arange(count, dtype=torch.int32)[:, None, None]
     forward: list[torch.Tensor] = []
     backward: torch.Tensor | None = None
     after: torch.Tensor | None = None
@@ -62,8 +65,7 @@ def _dots(left: torch.Tensor, right: torch.Tensor, cells: torch.Tensor, height: 
         if after is not None:
             rows = rows + after  # an exact zero, known only when the band before is done: TensorRT would keep them all
         products = (rows @ right.T).flatten()
-        own0 = torch.arange(0, (end - start) * width * stride, stride, dtype=torch.int32)[:, None, None]
-        index0 = own0 + target0[start * width : end * width]
+        index0 = target0[start * width : end * width]
         # Direction 1: what of its windows lies in this band. The row of the matrix is the cell of image 0.
         local = row1 - start
         row = local.clamp(0, end - start - 1)

@@ -42,12 +42,13 @@ def select(
     fine, coarse = _sides(stride)
     ratio = coarse // fine
     height, width = certainty.shape[2:]
-    padded = F.pad(certainty[:, 0], (0, -width % coarse, 0, -height % coarse))
+    padded = F.pad(certainty.squeeze(1), (0, -width % coarse, 0, -height % coarse))
     rows, columns = padded.shape[1] // coarse, padded.shape[2] // coarse
     cells = padded.reshape(2, rows, ratio, fine, columns, ratio, fine).permute(0, 1, 4, 2, 5, 3, 6)
     cells = cells.reshape(2 * rows * columns, ratio * ratio, fine * fine)
     pixel = cells.argmax(2)
-    best, order = torch.topk(cells.amax(2), ratio * ratio, dim=1)  # along a row: its rank
+    highest = cells.gather(2, pixel[:, :, None]).squeeze(2)  # amax(2) takes 21 us on an H200 instead of 2
+    best, order = torch.topk(highest, ratio * ratio, dim=1)  # along a row: its rank
     turns = torch.arange(ratio * ratio, 0, -1, dtype=torch.float32)
     priority = torch.where(best > CERTAIN, best + turns, best).flatten()
     block = math.isqrt(len(priority) // count)  # neighbours are ranks of one cell
