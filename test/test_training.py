@@ -17,7 +17,7 @@ from matchanything_tools.networks.kestrel.refine import PatchRefiner, steps
 from matchanything_tools.training.checkpoint import load_checkpoint, save_checkpoint
 from matchanything_tools.training.data import Photographs, load_photographs, make_batch
 from matchanything_tools.training.geometry import between, cell_targets, jacobian, random_views, warp
-from matchanything_tools.training.loop import Config, Phase, Trainer, read_config, train
+from matchanything_tools.training.loop import Config, Phase, Trainer, forget_curves, read_config, train
 from matchanything_tools.training.losses import sample_fine
 from matchanything_tools.training.sensors import sense
 
@@ -159,6 +159,11 @@ def test_checkpoints_are_whole_or_refused(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == [folder.name]  # the old one is gone, nothing temporary left
     parts = sorted(folder.iterdir())
     assert len(parts) == 2 and all(part.stat().st_size <= 16 << 20 for part in parts)
+    whole = parts[1].read_bytes()
+    for content in (whole[:1000], b"", bytes(len(whole))):  # cut off, empty, of the right size without content
+        parts[1].write_bytes(content)
+        with pytest.raises(UserError, match="is damaged"):
+            load_checkpoint(tmp_path)
     parts[0].unlink()
     with pytest.raises(UserError, match="lacks parts"):
         load_checkpoint(tmp_path)
@@ -171,3 +176,40 @@ def test_a_config_with_a_misspelt_key_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="learning_rat"):
         read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "holds no keys"),
+        ("steps: [", "cannot be read as YAML"),
+        ("steps: ten\nphases: []", "steps is 'ten'"),
+        ("steps: 0\nphases: []", "steps is 0: give at least 1"),
+        ("steps: 1\nphases: [{until: 1.0, height: 64}]", "phases is no list of"),
+        ("steps: 1\nphases: []\nlog_every: 0", "log_every is 0"),
+    ],
+)
+def test_broken_configs_are_one_sentence(text: str, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=sentence) as caught:
+        read_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("steps: 1\nphases: [{until: 1.0, height: 64, width: 64, batch: 2}]\nlearning_rate: 1e-4")
+    assert read_config(path).learning_rate == 1e-4 and read_config(path, ["ema=1e-1"]).ema == 0.1
+    with pytest.raises(UserError, match="sets nothing"):
+        read_config(path, ["ema"])
+
+
+def test_curves_of_steps_that_are_done_again_are_forgotten(tmp_path: Path) -> None:
+    """A run killed at step 8 that resumes from its checkpoint of step 4 writes the rows of 6 and 8 once more."""
+    table = tmp_path / "curves.csv"
+    table.write_text("step,loss\n2,9\n4,8\n6,7\n8,", encoding="utf-8")  # killed while it wrote a row
+    forget_curves(table, 4)
+    assert table.read_text(encoding="utf-8") == "step,loss\n2,9\n4,8\n"
+    forget_curves(tmp_path / "nowhere.csv", 4)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["curves.csv"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,12 @@ def load_checkpoint(out: Path) -> dict[str, Any] | None:
     if not parts or len(parts) != int(parts[-1].name.rpartition("-")[2]):
         raise UserError(f"{folders[-1]} lacks parts ({len(parts)} found): copy all of them, or remove the folder.")
     data = io.BytesIO(b"".join(part.read_bytes() for part in parts))
-    return torch.load(data, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(data, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{folders[-1]} is damaged: copy its parts again, or remove the folder to start anew."
+        ) from error
 
 
 def save_weights(path: Path, network: torch.nn.Module) -> None:

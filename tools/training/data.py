@@ -44,7 +44,13 @@ def load_photographs(folder: Path, device: torch.device | str, limit: int | None
     index = folder / "train.json"
     if not index.is_file():
         raise UserError(f"There is no {index}: --images must name a folder with train.json and train/*.jpg.")
-    entries = json.loads(index.read_text(encoding="utf-8"))["images"]
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))["images"]
+        named = [(entry["file"], entry["repo"]) for entry in entries]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{index} is no list {{"images": [{{"file": ..., "repo": ...}}]}} ({error!r}).') from error
+    if not named:
+        raise UserError(f"{index} lists no image.")
     if limit:
         entries = entries[:: max(1, len(entries) // limit)][:limit]
 

@@ -23,6 +23,7 @@ import yaml
 from torch import Tensor
 
 from matchanything_ros.errors import UserError
+from matchanything_tools.checkpoints import load_strict, read_checkpoint
 from matchanything_tools.networks.kestrel.model import CELL, Kestrel, cell_centres
 from matchanything_tools.training import losses
 from matchanything_tools.training.checkpoint import load_checkpoint, save_checkpoint, save_weights
@@ -69,18 +70,36 @@ def read_config(path: Path, overrides: list[str] = ()) -> Config:  # type: ignor
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {error}.") from None
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds no keys with values: see config/train/kestrel.yaml for an example.")
     for override in overrides:
-        key, _, value = override.partition("=")
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"--set {override} sets nothing: give KEY=VALUE.")
         raw[key] = yaml.safe_load(value)
     known = {entry.name for entry in fields(Config)}
     unknown = sorted(set(raw) - known)
     if unknown or "steps" not in raw or "phases" not in raw:
         raise UserError(f"{path} needs steps and phases; unknown keys: {', '.join(unknown) or 'none'}.")
-    raw["phases"] = [Phase(**phase) for phase in raw["phases"]]
+    try:
+        raw["phases"] = [Phase(**phase) for phase in raw["phases"]]
+    except TypeError as error:
+        raise UserError(f"{path}: phases is no list of until, height, width and batch ({error}).") from error
     for phase in raw["phases"]:
         if phase.height % 32 or phase.width % 32:
             raise UserError(f"{path}: views of {phase.height}x{phase.width} must have sides that are multiples of 32.")
+    defaults: dict[str, Any] = {"steps": 0} | {
+        f.name: f.default for f in fields(Config) if type(f.default) in (int, float)
+    }
+    for name, default in defaults.items():
+        try:
+            raw[name] = type(default)(raw.get(name, default))  # YAML takes 1e-3 for text
+        except (TypeError, ValueError):
+            raise UserError(f"{path}: {name} is {raw[name]!r}: give a number.") from None
+    for name in ("steps", "log_every", "checkpoint_every"):
+        if raw[name] < 1:
+            raise UserError(f"{path}: {name} is {raw[name]}: give at least 1.")
     return Config(**raw)
 
 
@@ -230,13 +249,17 @@ def run(args: argparse.Namespace) -> int:
         trainer = Trainer(config, photos, device, rank, world)
         state = load_checkpoint(args.out)
         if state is not None:
-            trainer.restore(state)
+            try:
+                trainer.restore(state)
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise UserError(f"The checkpoint in {args.out} is of another network: choose another --out.") from error
         elif args.init is not None:
-            weights = torch.load(args.init, map_location=device, weights_only=True)
-            trainer.network.load_state_dict(weights)
-            trainer.average.load_state_dict(weights)
+            weights = read_checkpoint(args.init)
+            for network in (trainer.network, trainer.average):
+                load_strict(network, weights, what="Kestrel", path=args.init)
         if rank == 0:
             args.out.mkdir(parents=True, exist_ok=True)
+            forget_curves(args.out / "curves.csv", trainer.step)
             count = sum(p.numel() for p in trainer.network.parameters()) / 1e6
             print(
                 f"{len(photos.sizes)} photographs, {count:.2f} M parameters, {world} x {device}, "
@@ -293,6 +316,17 @@ def _report(out: Path, row: dict[str, float], config: Config) -> None:
         writer.writerow({name: f"{value:.6g}" for name, value in row.items()})
     shown = " ".join(f"{name} {value:.3g}" for name, value in row.items() if name not in ("step", "seconds"))
     print(f"step {int(row['step'])}/{config.steps} {shown}", flush=True)
+
+
+def forget_curves(table: Path, step: int) -> None:
+    """Take out the rows after `step`: a run that was killed had written them since the checkpoint it resumes from."""
+    if not table.exists():
+        return
+    header, *rows = table.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
+    temporary = table.with_name(f".{table.name}.{os.getpid()}")
+    temporary.write_text("".join((header, *kept)), encoding="utf-8")
+    os.replace(temporary, table)
 
 
 def draw_curves(table: Path, picture: Path) -> None:
