@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import importlib.util
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -43,7 +48,12 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand. Returns 0: done, 1: failed with one sentence on stderr, 2: wrong usage."""
+    """Run a subcommand. Returns 0: done, 1: failed with one sentence on stderr, 2: wrong usage, 143: terminated."""
+    with _terminable():
+        return _main(argv)
+
+
+def _main(argv: list[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -81,8 +91,27 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         reason = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = "no space is left on the disk: make room, or write elsewhere"
         print(f"matchanything: {reason} (use --debug to see where).", file=sys.stderr)
         return 1
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM (docker stop, systemd, timeout) end a command as Ctrl-C does: what is half-written is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _load(entry: Entry) -> Subcommand:

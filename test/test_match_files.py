@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -148,6 +152,34 @@ def test_a_result_folder_is_complete_or_as_it_was(tmp_path: Path) -> None:
         (folder / "a").write_text("3")
     assert (out / "a").read_text() == "3" and (out / "mine").read_text() == "keep"
     assert sorted(os.listdir(tmp_path)) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("happens", "status", "sentence"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, ""),
+        (lambda: os.kill(os.getpid(), signal.SIGINT), 1, "interrupted"),
+        (lambda: fail(OSError(errno.ENOSPC, "No space left on device")), 1, "no space is left on the disk"),
+    ],
+)
+def test_whatever_stops_a_command_nothing_is_left(
+    happens: Callable[[], None],
+    status: int,
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("matchanything_ros.match_files.write_picture", lambda *_: (happens(), time.sleep(1)))
+    flags = ["--bundle", str(write_trivial_bundle(tmp_path / "trivial.onnx")), "--out", str(tmp_path / "out" / "r")]
+    assert main(["match", str(PAIR / "0.jpg"), str(PAIR / "1.jpg"), *flags]) == status
+    assert sentence in capsys.readouterr().err and signal.getsignal(signal.SIGTERM) is before
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def fail(error: Exception) -> None:
+    raise error
 
 
 def write_dense_bundle(path: Path) -> tuple[Path, np.ndarray, np.ndarray]:
