@@ -1,4 +1,4 @@
-"""Result folders that are either complete or not there."""
+"""Results that are either complete or not there."""
 
 from __future__ import annotations
 
@@ -39,6 +39,16 @@ def new_folder(out: Path) -> Iterator[Path]:
             temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _umask() -> int:

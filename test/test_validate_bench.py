@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import seeded
 
-from matchanything_ros.bundle import sha256_of
+from matchanything_ros.bundle import Bundle, WeightsInfo, load_bundle, sha256_of
 from matchanything_ros.cli import main
 from matchanything_tools.deviation import LIMITS, Deviation, compare, corner_distance, judge, summarise
+from matchanything_tools.rebuild import rebuild
+from matchanything_tools.validate import read_images
 
 DATA = Path(__file__).parent / "data"
 WEIGHTS = DATA / "weights" / "aliked-t16.pth"
@@ -154,3 +159,43 @@ def test_corner_distance() -> None:
     shift = np.array([[1, 0, 3], [0, 1, 4], [0, 0, 1.0]])
     assert corner_distance(np.eye(3), shift, (640, 480)) == pytest.approx(5)
     assert corner_distance(np.eye(3), 2 * shift, (640, 480)) == pytest.approx(5)  # scale is no difference
+
+
+def test_checkpoints_of_one_name_in_two_folders(tmp_path: Path) -> None:
+    """Detector and descriptor may both be called model.pth: each is found by its hash and put to its flag."""
+    paths = []
+    for target in ("dedode_detector_B", "dedode_descriptor_B"):
+        paths.append(tmp_path / target / "model.pth")
+        paths[-1].parent.mkdir()
+        seeded.save(target, paths[-1])
+    entries = tuple(WeightsInfo("model.pth", sha256_of(path), "none", "") for path in paths)
+    command = "matchanything export dedode --weights model.pth --descriptor model.pth --size 64x64 --keypoints 16"
+    manifest = dataclasses.replace(load_bundle("kestrel").manifest, weights=entries, exporter={"command": command})
+    item = rebuild(Bundle(tmp_path / "dedode.onnx", manifest), paths[::-1])
+    assert [entry.sha256 for entry in item.weights] == [entry.sha256 for entry in entries] and item.variant == "BB"
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--tolerance -1", "--tolerance is -1"),
+        ("--tolerance nan", "--tolerance is nan"),
+        ("--out no/x.json", "folder that exists"),
+    ],
+)
+def test_wrong_flags_of_validate_are_found_before_the_work(
+    flags: str, sentence: str, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["validate", str(bundle), *flags.split()]) == 1
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+
+
+def test_validate_reads_images_as_match_does(tmp_path: Path) -> None:
+    """16 bits stretched, gray with one channel, pixels as stored: what is validated is what runs."""
+    deep = np.random.default_rng(0).integers(20_000, 21_000, (12, 16), np.uint16)
+    files = (tmp_path / "0.png", tmp_path / "1.png")
+    for file in files:
+        cv2.imwrite(str(file), deep)
+    for image in read_images(files):
+        assert image.shape == (12, 16) and image.min() == 0 and image.max() == 255

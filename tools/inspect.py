@@ -20,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     path: Path = args.file
     packaged = (BUNDLES / f"{path.name}.onnx").is_file() and len(path.parts) == 1
+    if path.is_dir() and not packaged:
+        raise UserError(f"{path} is a folder: name a checkpoint, a bundle (.onnx) or a plan (.plan) in it.")
     if not path.is_file() and not packaged:
         raise UserError(f"{path} does not exist: name a checkpoint, a bundle (.onnx) or a plan (.plan).")
     if packaged or (path.suffix in (".onnx", ".json") and not path.name.endswith(".plan.json")):

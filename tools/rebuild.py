@@ -21,11 +21,12 @@ def rebuild(bundle: Bundle, weights: Sequence[Path], precision: str = "fp32") ->
     missing or another one, or when the manifest does not tell how the bundle was exported.
     """
     manifest = bundle.manifest
-    by_name = _by_name(bundle, weights)
+    files = _files(bundle, weights)
     words = shlex.split(str(manifest.exporter.get("command", "")))
     if words[:2] != ["matchanything", "export"]:
         raise UserError(f"The manifest of {bundle.onnx} does not record its export: export it again.")
-    words = [str(by_name.get(word, word)) for word in words[2:]]
+    # Files of one name (det/model.pth, desc/model.pth) stand in the manifest in the order of their flags.
+    words = [str(files[word].pop(0)) if files.get(word) else word for word in words[2:]]
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_export_arguments(parser)
     try:
@@ -35,19 +36,19 @@ def rebuild(bundle: Bundle, weights: Sequence[Path], precision: str = "fp32") ->
     return network(args.family).exportable(args)
 
 
-def _by_name(bundle: Bundle, weights: Sequence[Path]) -> dict[str, Path]:
-    """File name in the manifest -> the file given for it."""
+def _files(bundle: Bundle, weights: Sequence[Path]) -> dict[str, list[Path]]:
+    """File name in the manifest -> the files given for it, in the manifest's order."""
     given = {}
     for path in weights:
         if not path.is_file():
             raise UserError(f"The checkpoint {path} does not exist: check the path.")
         given[sha256(path)] = path
-    found = {}
+    found: dict[str, list[Path]] = {}
     for entry in bundle.manifest.weights:
         if entry.sha256 not in given:
             raise UserError(
                 f"{bundle.onnx.name} was exported from {entry.name} (sha256 {entry.sha256[:12]}...), which is not "
                 f"among the --weights {', '.join(path.name for path in weights)}: give that file."
             )
-        found[entry.name] = given[entry.sha256]
+        found.setdefault(entry.name, []).append(given[entry.sha256])
     return found

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from matchanything_ros.bundle import Bundle, load_bundle
@@ -21,6 +20,8 @@ from matchanything_ros.engines import BACKENDS, Engine, open_engine
 from matchanything_ros.engines.parity import load_golden
 from matchanything_ros.errors import UserError
 from matchanything_ros.homography import estimate_homography
+from matchanything_ros.match_files import read_image
+from matchanything_ros.outputs import write_text
 from matchanything_ros.preprocess import Image, ToOriginal, prepare
 from matchanything_ros.progress import Progress
 from matchanything_tools.deviation import (
@@ -55,6 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`matchanything validate`. Returns 1 when a comparison is past its limits."""
     bundle = load_bundle(args.bundle)
+    if args.tolerance is not None and not args.tolerance >= 0:
+        raise UserError(f"--tolerance is {args.tolerance}: give a distance in pixels, 0 or more.")
+    if args.out.is_dir() or not args.out.absolute().parent.is_dir():
+        raise UserError(f"--out is {args.out}: name a file in a folder that exists.")
     if args.pairs is not None and not args.weights:
         raise UserError("--pairs needs --weights: without the checkpoint there is nothing to compare with.")
     limits, golden_limits = (table[bundle.manifest.precision] for table in (LIMITS, GOLDEN_LIMITS))
@@ -90,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         report["against"][name] = {"pairs": len(deviations), **summary, "problems": problems}
         failures += [f"{name}: {problem}" for problem in problems]
     print(table(report))
-    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_text(args.out, json.dumps(report, indent=1) + "\n")
     if failures:
         raise UserError(f"{bundle.onnx.name} in {engine.backend} deviates: " + "; ".join(failures) + ".")
     return 0
@@ -156,12 +161,8 @@ def golden_images(bundle: Bundle) -> tuple[Image, Image]:
 
 
 def read_images(files: tuple[Path, Path]) -> tuple[Image, Image]:
-    """Two image files as uint8 RGB. Raises UserError for one that is no image."""
-    images = [cv2.imread(str(file), cv2.IMREAD_COLOR) for file in files]
-    for image, file in zip(images, files, strict=True):
-        if image is None:
-            raise UserError(f"{file} cannot be read as an image: convert it to PNG or JPEG.")
-    return cv2.cvtColor(images[0], cv2.COLOR_BGR2RGB), cv2.cvtColor(images[1], cv2.COLOR_BGR2RGB)
+    """Two image files as `matchanything match` and `evaluate` read them."""
+    return read_image(files[0]), read_image(files[1])
 
 
 def table(report: dict[str, Any]) -> str:
