@@ -120,7 +120,8 @@ class Attention(nn.Module):
 
 
 class FixedAttention(Attention):
-    """For sizes that are known when the graph is made: operators that GPUs prefer, and larger constants."""
+    """For sizes that are known when the graph is made: operators that GPUs prefer, for the rotation too, and larger
+    constants."""
 
     to_key: Tensor
     to_value: Tensor
