@@ -25,9 +25,8 @@ exports() { # NAME FAMILY flags...: one export a line
     for variant in t16 n16; do
         for size in 480x640 376x1241; do
             for k in 1000 2000; do
-                line="aliked --variant $variant --weights test/data/weights/aliked-$variant.pth --size $size --keypoints $k --precision fp16"
-                echo "aliked_${variant}_${size}_k$k $line"
-                echo "deform_${variant}_${size}_k$k $line --deform-conv"
+                echo "aliked_${variant}_${size}_k$k aliked --variant $variant --weights test/data/weights/aliked-$variant.pth" \
+                    "--size $size --keypoints $k --precision fp16"
             done
         done
     done
@@ -66,7 +65,6 @@ NVIDIA_TF32_OVERRIDE=1 bench eloftr_tf32 "original" "$out/eloftr.pth" eloftr_{48
 bench dedode "original" "$out/dedode_detector_L.pth $out/dedode_descriptor_B.pth" dedode_k{1024,2048,3840,8192}
 bench aliked "original original-autocast" "$aliked" aliked_{t16,n16}_480x640_k{1000,2000}
 bench aliked_wide "original" "$aliked" aliked_{t16,n16}_376x1241_k{1000,2000}
-bench aliked_deform "" "" deform_{t16,n16}_{480x640,376x1241}_k{1000,2000}
 # torch.compile takes a minute or more for each network, and needs a C++ compiler.
 bench aliked_compiled "original-compiled" "$aliked" aliked_{t16,n16}_480x640_k1000
 bench dedode_compiled "original-compiled" "$out/dedode_detector_L.pth $out/dedode_descriptor_B.pth" dedode_k1024
