@@ -70,7 +70,12 @@ def pictures() -> list[npt.NDArray[np.uint8]]:
 def batch(side: int) -> torch.Tensor:
     """The golden pair [2, 3, side, side], resized as the original does."""
     pair = torch.stack([torch.from_numpy(image).permute(2, 0, 1).float() / 255 for image in pictures()])
-    return F.interpolate(pair, size=(side, side), mode="bicubic", antialias=True)
+    return resized(pair, side)
+
+
+def resized(images: torch.Tensor, side: int) -> torch.Tensor:
+    """Images [N, 3, H, W] at [N, 3, side, side], as the original does it."""
+    return F.interpolate(images, size=(side, side), mode="bicubic", antialias=True)
 
 
 def golden(case: str) -> tuple[dict[str, npt.NDArray[np.float32]], dict[str, list[float]]]:
