@@ -11,7 +11,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from matchanything_ros.bundle import Bundle, load_bundle
+from matchanything_ros.bundle import Bundle, Manifest, load_bundle
 from matchanything_ros.engines import Engine, ImageEngine, open_engine
 from matchanything_ros.errors import UserError
 from matchanything_ros.preprocess import Image, ToOriginal, check_image, prepare
@@ -88,14 +88,14 @@ class Matcher:
         keep = np.flatnonzero((scores > 0) & (scores >= self.score_threshold))[: self.max_matches]
         keypoints0 = back["image0"](outputs["keypoints0"][keep])
         keypoints1 = back["image1"](outputs["keypoints1"][keep])
-        if manifest.fixed and manifest.preprocess.resize != "stretch":  # padding matches padding, beautifully
+        if _pads(manifest):  # padding matches padding, beautifully
             inside = _inside(keypoints0, image0) & _inside(keypoints1, image1)
             keep, keypoints0, keypoints1 = keep[inside], keypoints0[inside], keypoints1[inside]
         done = time.perf_counter()
         return Matches(
             keypoints0=keypoints0,
             keypoints1=keypoints1,
-            scores=np.array(scores[keep], np.float32),
+            scores=np.minimum(scores[keep], np.float32(1)),  # a cosine may be rounded to a little more
             size0=(image0.shape[1], image0.shape[0]),
             size1=(image1.shape[1], image1.shape[0]),
             timings_ms={
@@ -136,6 +136,12 @@ class Matcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _pads(manifest: Manifest) -> bool:
+    """Whether images may be smaller than the network's input: to its fixed size, the least one, or the divisor."""
+    resize = manifest.preprocess.resize
+    return resize in ("fit", "fit_down") or (resize == "fit_stretch" and manifest.fixed)
 
 
 def _inside(keypoints: Float, image: Image) -> npt.NDArray[np.bool_]:
