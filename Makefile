@@ -37,8 +37,9 @@ test-gpu: $(VENV)/dev.stamp ## the tests that need an NVIDIA GPU
 	$(call say,Tests on the GPU)
 	@$(PYTEST) -m gpu --timeout 1800
 
-colcon: ## build as a ROS 2 workspace would (a sourced ROS 2, else the wheels in .venv), and check what was installed
-	@PYTHON=$(PYTHON) cmake/check_colcon.sh
+colcon: $(VENV)/dev.stamp ## build as a ROS 2 workspace would (a sourced ROS 2, else wheels), and check what was installed
+	$(call say,colcon build of a workspace; without a sourced ROS 2 its wheels are installed for it: some minutes)
+	@$(PYTEST) -m full --timeout 1800 test/test_package_colcon.py
 
 clean: ## remove everything that was made here
 	rm -rf $(VENV) build dist out install log *.egg-info matchanything_ros/msg matchanything_ros/*.so

@@ -110,3 +110,10 @@ def test_launch_and_config_folders_are_installed_and_the_node_is_executable() ->
     for name in ("match_node", "matchanything"):
         assert (ROOT / "scripts" / name).stat().st_mode & 0o111 == 0o111, f"scripts/{name} must be executable"
         assert f"scripts/{name} DESTINATION" in cmake
+
+
+def test_every_file_that_make_runs_is_there() -> None:
+    lines = (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
+    recipes = "\n".join(line for line in lines if line.startswith("\t"))
+    files = re.findall(r"\b(?:cmake|demo|scripts|test|tools)/[\w/]+\.(?:py|sh|cmake)\b", recipes)
+    assert files and all((ROOT / file).is_file() for file in files), files
