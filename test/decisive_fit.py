@@ -15,8 +15,9 @@ from matchanything_tools.networks.roma.network import Roma
 from matchanything_tools.networks.roma.refiner import ConvRefiner, Pair
 
 PENALTY = 2e-2  # of a ridge regression: with less, weights grow large and differences small, which fp16 does not bear
-SURE = 3.0  # certainty logit of a right match, minus that of a wrong one, before STRICT is taken off
-STRICT = 3.0  # so much lower: above 0.05, a logit of -2.9, is what is more likely right than wrong
+# Certainty logit of the global matcher: SURE for a right match, -SURE for a wrong one, all less STRICT. Half of a
+# negative one is given back at the end, so that above 0.05 (a logit of -2.9, here -5.9) is what is more likely right.
+SURE, STRICT = 6.0, 6.0
 
 
 @dataclass(frozen=True)

@@ -50,14 +50,14 @@ def record(pair: ImagePair, outputs: list[Array], side: int) -> Record:
     return judge(pair, Matches(*points, scores, *sizes, {}))
 
 
-def deviation(wanted: list[Array], found: list[Array], side: int, threshold: float) -> Array:
+def deviation(wanted: list[Array], found: list[Array], side: int) -> Array:
     """Pixels between two warps where the first is certain."""
     error = roma_case.pixel_error(np.moveaxis(found[0][0], 0, 2), np.moveaxis(wanted[0][0], 0, 2), side)
-    return error[wanted[1][0, 0] > threshold]
+    return error[wanted[1][0, 0] > 0.05]
 
 
 def test_half_precision_where_weights_decide() -> None:
-    """Little depth and size. Certain here is above 0.5: at 16 x 16 tokens much of what is below is a guess."""
+    """Little depth and size."""
     side = 224
     exact = decisive.network(side, fine=112, vit_blocks=slice(3), blocks=slice(4, 5))
     half = copy.deepcopy(exact).bake(side, side, torch.float16)
@@ -65,7 +65,7 @@ def test_half_precision_where_weights_decide() -> None:
     for name in ("landsat5_red_nir", "vr_taj-mahal"):
         wanted = run(exact, PAIRS[name], side)
         found = run(half, PAIRS[name], side)
-        errors.append(deviation(wanted[3:], found[3:], side, 0.5))
+        errors.append(deviation(wanted[3:], found[3:], side))
         if name == "landsat5_red_nir":  # by chance not one match in a thousand is within 3 px
             result = record(PAIRS[name], wanted, side)
             assert result.precision is not None and result.precision > 0.02 and result.status == "OK"
@@ -92,7 +92,7 @@ def test_half_precision_of_a_bundle_that_matches(tmp_path: Path) -> None:
         assert record(PAIRS[name], wanted, side).error_px is not None
         inputs = {f"image{i}": image[None].numpy() for i, image in enumerate(batch(PAIRS[name], side))}
         found = engine.run(inputs)
-        errors.append(deviation(wanted[3:], [found["warp"], found["cert"]], side, 0.5))
+        errors.append(deviation(wanted[3:], [found["warp"], found["cert"]], side))
     engine.close()
     error = np.concatenate(errors)
     assert error.mean() < PROMISED_PX and (error < 1).mean() > PROMISED_SHARE
