@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 from tiny_bundle import write_bundle
 
 from matchanything_ros.engines import open_engine
-from matchanything_ros.engines.onnxruntime import OnnxRuntimeEngine
+from matchanything_ros.engines.onnxruntime import OnnxRuntimeEngine, forbid_tf32
 from matchanything_ros.engines.parity import check_parity, compare, load_golden, warn_if_wrong
 from matchanything_ros.errors import UserError
 
@@ -145,3 +148,18 @@ def test_no_memory_left_on_a_gpu_is_one_sentence(tmp_path: Path, monkeypatch: py
     engine.backend, engine._session = "onnxruntime-cuda", FullGpu()
     with pytest.raises(UserError, match=r"36507222016\. Export it with --precision fp16, or allow TF32"):
         engine.run({})
+
+
+def test_tf32_is_forbidden_and_said_when_that_is_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    with pytest.warns(RuntimeWarning, match="start this process with NVIDIA_TF32_OVERRIDE=0"):
+        assert forbid_tf32() == "0"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert forbid_tf32() == os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+        assert forbid_tf32() == "1"
+        monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
+        monkeypatch.delitem(sys.modules, "torch")
+        assert forbid_tf32() == "0"

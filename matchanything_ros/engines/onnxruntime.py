@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -132,7 +134,7 @@ class OnnxRuntimeEngine:
         # there and forbidden one level below, where NVIDIA's libraries keep products of fp32 in fp32; unless something
         # else in this process, such as PyTorch, has loaded them before.
         half = self.bundle.manifest.precision == "fp16"
-        rounding = os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0") == "1"
+        rounding = forbid_tf32() == "1"
         common = {
             "device_id": "0",
             "cudnn_conv_algo_search": "EXHAUSTIVE",
@@ -188,3 +190,16 @@ class OnnxRuntimeEngine:
         except Exception as error:  # ONNX Runtime raises many types, all of its own
             first = str(error).strip().splitlines()[0][:300]
             raise UserError(f"ONNX Runtime refuses {self.bundle.onnx}: {first}") from error
+
+
+def forbid_tf32() -> str:
+    """Set NVIDIA_TF32_OVERRIDE=0 for this process unless the environment has a value; the value. A RuntimeWarning if
+    PyTorch has loaded NVIDIA's libraries, which read it only then: RoMa's Gaussian process needs fp32 (docs/roma.md)."""
+    if "NVIDIA_TF32_OVERRIDE" not in os.environ and "torch" in sys.modules:
+        warnings.warn(
+            "PyTorch was imported before a network was opened on CUDA, so that ONNX Runtime may round fp32 to TF32: "
+            "start this process with NVIDIA_TF32_OVERRIDE=0, or open the network first.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
