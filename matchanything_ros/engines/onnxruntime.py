@@ -194,7 +194,7 @@ class OnnxRuntimeEngine:
 
 def forbid_tf32() -> str:
     """Set NVIDIA_TF32_OVERRIDE=0 for this process unless the environment has a value; the value. A RuntimeWarning if
-    PyTorch has loaded NVIDIA's libraries, which read it only then: RoMa's Gaussian process needs fp32 (docs/roma.md)."""
+    PyTorch has loaded NVIDIA's libraries, which read it only then: RoMa's Gaussian process needs fp32 (roma.md)."""
     if "NVIDIA_TF32_OVERRIDE" not in os.environ and "torch" in sys.modules:
         warnings.warn(
             "PyTorch was imported before a network was opened on CUDA, so that ONNX Runtime may round fp32 to TF32: "
