@@ -15,9 +15,11 @@ from matchanything_ros.errors import UserError
 from matchanything_tools.networks.kestrel.model import cell_centres
 from matchanything_tools.networks.kestrel.refine import PatchRefiner, steps
 from matchanything_tools.training.checkpoint import load_checkpoint, save_checkpoint
+from matchanything_tools.training.config import Config, Phase, read_config
+from matchanything_tools.training.curves import forget_curves
 from matchanything_tools.training.data import Photographs, load_photographs, make_batch
 from matchanything_tools.training.geometry import between, cell_targets, jacobian, random_views, warp
-from matchanything_tools.training.loop import Config, Phase, Trainer, forget_curves, read_config, train
+from matchanything_tools.training.loop import Trainer, train
 from matchanything_tools.training.losses import sample_fine
 from matchanything_tools.training.sensors import sense
 

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch import Tensor
 
 from matchanything_ros.errors import UserError
@@ -27,80 +24,9 @@ from matchanything_tools.checkpoints import load_strict, read_checkpoint
 from matchanything_tools.networks.kestrel.model import CELL, Kestrel, cell_centres
 from matchanything_tools.training import losses
 from matchanything_tools.training.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from matchanything_tools.training.config import Config, Phase, read_config
+from matchanything_tools.training.curves import add_to_curves, draw_curves, forget_curves
 from matchanything_tools.training.data import Photographs, load_photographs, make_batch
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Steps up to `until` (a fraction of the run) use views of height x width and `batch` pairs per process."""
-
-    until: float
-    height: int
-    width: int
-    batch: int
-
-
-@dataclass(frozen=True)
-class Config:
-    """The file CONFIG; every key has a default but steps and phases."""
-
-    steps: int
-    phases: list[Phase]
-    seed: int = 1
-    learning_rate: float = 1.0e-3
-    warmup_steps: int = 400
-    weight_decay: float = 0.02
-    easiest: float = 0.2  # difficulty of a pair is uniform between easiest and ...
-    hardest_start: float = 0.4  # ... this at the start, rising to 1 ...
-    hardest_full: float = 0.12  # ... by this fraction of the run
-    fine_matches: int = 96  # cells per pair that teach the fine stages
-    weights: dict[str, float] = field(
-        default_factory=lambda: {
-            "matchable": 0.5, "window_ce": 1.0, "window_nll": 0.25, "patch_ce": 0.5, "patch_nll": 0.5
-        }
-    )  # fmt: skip
-    ema: float = 0.999
-    log_every: int = 50
-    checkpoint_every: int = 2000
-    compile: bool = True
-
-
-def read_config(path: Path, overrides: list[str] = ()) -> Config:  # type: ignore[assignment]
-    """CONFIG as YAML; overrides are KEY=VALUE."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} holds no keys with values: see config/train/kestrel.yaml for an example.")
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise UserError(f"--set {override} sets nothing: give KEY=VALUE.")
-        raw[key] = yaml.safe_load(value)
-    known = {entry.name for entry in fields(Config)}
-    unknown = sorted(set(raw) - known)
-    if unknown or "steps" not in raw or "phases" not in raw:
-        raise UserError(f"{path} needs steps and phases; unknown keys: {', '.join(unknown) or 'none'}.")
-    try:
-        raw["phases"] = [Phase(**phase) for phase in raw["phases"]]
-    except TypeError as error:
-        raise UserError(f"{path}: phases is no list of until, height, width and batch ({error}).") from error
-    for phase in raw["phases"]:
-        if phase.height % 32 or phase.width % 32:
-            raise UserError(f"{path}: views of {phase.height}x{phase.width} must have sides that are multiples of 32.")
-    defaults: dict[str, Any] = {"steps": 0} | {
-        f.name: f.default for f in fields(Config) if type(f.default) in (int, float)
-    }
-    for name, default in defaults.items():
-        try:
-            raw[name] = type(default)(raw.get(name, default))  # YAML takes 1e-3 for text
-        except (TypeError, ValueError):
-            raise UserError(f"{path}: {name} is {raw[name]!r}: give a number.") from None
-    for name in ("steps", "log_every", "checkpoint_every"):
-        if raw[name] < 1:
-            raise UserError(f"{path}: {name} is {raw[name]}: give at least 1.")
-    return Config(**raw)
 
 
 class Trainer:
@@ -290,7 +216,11 @@ def train(trainer: Trainer, out: Path, stop_at: int, deadline: float) -> None:
             row |= {name: value.item() / (1 if name in single else steps) for name, value in sums.items()}
             sums, since, first = {}, time.monotonic(), trainer.step
             if trainer.rank == 0:
-                _report(out, row, config)
+                add_to_curves(out / "curves.csv", row)
+                shown = " ".join(
+                    f"{name} {value:.3g}" for name, value in row.items() if name not in ("step", "seconds")
+                )
+                print(f"step {trainer.step}/{config.steps} {shown}", flush=True)
             stop.fill_(float(time.monotonic() > deadline))  # rank 0 decides for all
             if trainer.world > 1:
                 dist.broadcast(stop, 0)
@@ -304,47 +234,3 @@ def train(trainer: Trainer, out: Path, stop_at: int, deadline: float) -> None:
         save_weights(out / f"kestrel-{trainer.step:06d}.pt", trainer.average)
         draw_curves(out / "curves.csv", out / "curves.png")
         print(f"stopped at step {trainer.step} of {config.steps}", flush=True)
-
-
-def _report(out: Path, row: dict[str, float], config: Config) -> None:
-    path = out / "curves.csv"
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row), restval="")
-        if new:
-            writer.writeheader()
-        writer.writerow({name: f"{value:.6g}" for name, value in row.items()})
-    shown = " ".join(f"{name} {value:.3g}" for name, value in row.items() if name not in ("step", "seconds"))
-    print(f"step {int(row['step'])}/{config.steps} {shown}", flush=True)
-
-
-def forget_curves(table: Path, step: int) -> None:
-    """Take out the rows after `step`: a run that was killed had written them since the checkpoint it resumes from."""
-    if not table.exists():
-        return
-    header, *rows = table.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
-    temporary = table.with_name(f".{table.name}.{os.getpid()}")
-    temporary.write_text("".join((header, *kept)), encoding="utf-8")
-    os.replace(temporary, table)
-
-
-def draw_curves(table: Path, picture: Path) -> None:
-    """Every column of curves.csv against the step."""
-    if not table.exists():
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with table.open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    names = [name for name in rows[0] if name not in ("step", "seconds")]
-    figure, axes = pyplot.subplots(math.ceil(len(names) / 4), 4, figsize=(16, 3 * math.ceil(len(names) / 4)))
-    for name, axis in zip(names, axes.flat, strict=False):
-        axis.plot([int(row["step"]) for row in rows], [float(row[name]) for row in rows], linewidth=0.8)
-        axis.set_title(name)
-    figure.tight_layout()
-    figure.savefig(picture, dpi=70)
-    pyplot.close(figure)
