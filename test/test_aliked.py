@@ -351,3 +351,9 @@ def test_bad_wishes_get_one_sentence(
     told = capsys.readouterr().err
     assert re.search(sentence, told) and told.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_of_no_known_network_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"one.weight": torch.zeros(3), "two.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    assert cli.main(f"export aliked --weights {tmp_path / 'other.pth'} --out {tmp_path / 'x.onnx'}".split()) == 1
+    assert "is not the checkpoint of ALIKED n16" in capsys.readouterr().err

@@ -101,9 +101,9 @@ def exportable(args: argparse.Namespace) -> Exportable:
     reader = feature_reader(variant, args.keypoints, inputs[0].opt if fixed else None)
     network = Aliked(variant, args.keypoints, threshold, features=reader)
     state = read_checkpoint(args.weights)
-    family, *variants = (guess_family(state) or "").split()
-    if family == "ALIKED" and args.variant not in variants:
-        raise UserError(f"{args.weights} is {guess_family(state)}, not {args.variant}: add --variant {variants[0]}.")
+    guess = guess_family(state) or ""
+    if guess.startswith("ALIKED") and args.variant not in guess.split():
+        raise UserError(f"{args.weights} is {guess}, not {args.variant}: add --variant {guess.split()[1]}.")
     load_strict(network, state, what=f"ALIKED {args.variant}", path=args.weights)
     network.eval().fuse()
     for module in network.modules():
