@@ -20,6 +20,7 @@ import numpy as np
 from matchanything_ros.bundle import Bundle, load_bundle
 from matchanything_ros.engines import BACKENDS
 from matchanything_ros.errors import UserError
+from matchanything_ros.outputs import write_text
 from matchanything_ros.preprocess import Image
 from matchanything_tools import machine
 from matchanything_tools.bench_process import Apart
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         entry = result(contender, times[index], base)
         report["results"].append({**entry, "golden": parities[index].as_dict()})
     print(table(report))
-    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_text(args.out, json.dumps(report, indent=1) + "\n")
     return 0
 
 

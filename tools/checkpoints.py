@@ -45,9 +45,8 @@ def read_checkpoint(path: Path) -> State:
         raise UserError(f"{path} is empty or truncated ({path.stat().st_size} bytes): download it again.")
     if head[:64].lstrip()[:1] == b"<":
         raise UserError(f"{path} is a web page, not a checkpoint: download the file itself.")
-    pickled = head.startswith(
-        (b"PK", b"\x80")
-    )  # zip or pickle; a safetensors file begins with its header's length and {
+    # A zip or a pickle; a safetensors file begins with its header's length and {.
+    pickled = head.startswith((b"PK", b"\x80"))
     safe = head[8:9] == b"{" or (path.suffix == ".safetensors" and not pickled)
     content = _safetensors(path) if safe else _pickled(path)
     return strip_prefixes(_unwrap(content, path))

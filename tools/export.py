@@ -23,6 +23,7 @@ import torch
 import matchanything_ros
 from matchanything_ros.bundle import Bundle, InputSpec, Manifest, Preprocess, WeightsInfo, load_bundle, sha256_of
 from matchanything_ros.errors import UserError
+from matchanything_ros.match_files import check_limits
 from matchanything_ros.preprocess import prepare
 from matchanything_tools.arguments import parse_size
 from matchanything_tools.networks import FAMILIES
@@ -240,8 +241,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("A dynamic shape needs all of --min, --opt and --max.")
     if args.size and any(given):
         raise UserError("Give --size for a fixed shape, or --min, --opt and --max for a dynamic one, not both.")
-    if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
-        raise UserError(f"--score-threshold is {args.score_threshold}: give a number from 0 to 1.")
+    check_limits(args.score_threshold, None)  # how many matches there may be, a network knows
     files = [value for value in vars(args).values() if isinstance(value, Path) and value != args.out]
     check_out(args.out, 3 * sum(file.stat().st_size for file in files if file.is_file()))
     item = network(args.family).exportable(args)

@@ -105,8 +105,7 @@ class OnnxRuntimeEngine:
         self._searches = False
 
     def _advice(self, error: Exception) -> str:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        sentence = f"ONNX Runtime cannot run {self.bundle.onnx}: {lines[0][:300]}"
+        sentence = f"ONNX Runtime cannot run {self.bundle.onnx}: {_first_line(error)}"
         if "alloc" not in sentence.lower() and "out of memory" not in sentence.lower():
             return sentence
         if self.bundle.manifest.precision == "fp32":
@@ -188,8 +187,7 @@ class OnnxRuntimeEngine:
                 disabled_optimizers=unwanted,
             )
         except Exception as error:  # ONNX Runtime raises many types, all of its own
-            first = str(error).strip().splitlines()[0][:300]
-            raise UserError(f"ONNX Runtime refuses {self.bundle.onnx}: {first}") from error
+            raise UserError(f"ONNX Runtime refuses {self.bundle.onnx}: {_first_line(error)}") from error
 
 
 def forbid_tf32() -> str:
@@ -203,3 +201,8 @@ def forbid_tf32() -> str:
             stacklevel=2,
         )
     return os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]
