@@ -14,7 +14,7 @@ from matchanything_tools.networks.dinov2 import TABLE, position_table
 from matchanything_tools.networks.roma import correlation
 from matchanything_tools.networks.roma.correlation import local_correlation
 from matchanything_tools.networks.roma.embedding_decoder import ANCHORS, decode_anchors
-from matchanything_tools.networks.roma.gaussian_process import NOISE, kernel
+from matchanything_tools.networks.roma.gaussian_process import NOISE, kernel, unit
 from matchanything_tools.networks.roma.network import Roma, symmetric_warp
 from matchanything_tools.networks.roma.solve import solve_spd
 
@@ -94,7 +94,7 @@ def test_solve_is_as_exact_as_lapack(structure: str) -> None:
     elif structure == "two textures":
         y = y[:, :2].repeat_interleave(500, 1) + 0.1 * y
     targets = torch.cos(8 * torch.randn(1, 1000, 32, generator=generator))
-    matrix = kernel(y, y) + NOISE * torch.eye(1000)
+    matrix = kernel(unit(y), unit(y)) + NOISE * torch.eye(1000)
     exact = torch.linalg.solve(matrix.double(), targets.double().expand(2, -1, -1))
 
     def error(solution: torch.Tensor) -> float:

@@ -37,23 +37,18 @@ class GaussianProcess(nn.Module):
 
     def forward(self, features: torch.Tensor, height: int, width: int) -> torch.Tensor:
         targets = self.fixed if hasattr(self, "fixed") else self.targets(height, width)
-        directions = _unit(features)
-        covariance = _kernel(directions, directions) + NOISE * torch.eye(features.shape[1])
+        directions = unit(features)
+        covariance = kernel(directions, directions) + NOISE * torch.eye(features.shape[1])
         weights = solve_spd(covariance, targets, NOISE, 1.0 + NOISE)
-        across = _kernel(directions[:1], directions[1:]).squeeze(0)
+        across = kernel(directions[:1], directions[1:]).squeeze(0)
         return torch.stack((across @ weights[1], across.T @ weights[0]))
 
 
 def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """exp((cos(x, y) - 1) / temperature) for all pairs of [B, N, C] and [B, M, C] -> [B, N, M]."""
-    return _kernel(_unit(x), _unit(y))
-
-
-def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The same of vectors of length 1."""
+    """exp((cos(x, y) - 1) / temperature) for all pairs of [B, N, C] and [B, M, C], of length 1 -> [B, N, M]."""
     return torch.exp((x / TEMPERATURE) @ y.transpose(1, 2) - 1.0 / TEMPERATURE)
 
 
-def _unit(x: torch.Tensor) -> torch.Tensor:
+def unit(x: torch.Tensor) -> torch.Tensor:
     """Vectors [B, N, C] at length 1; those of length 0 stay."""
     return x / (torch.sqrt((x * x).sum(2, keepdim=True)) + 1e-9)
