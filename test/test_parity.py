@@ -15,7 +15,7 @@ from tiny_bundle import write_bundle
 
 from matchanything_ros.engines import open_engine
 from matchanything_ros.engines.onnxruntime import OnnxRuntimeEngine, forbid_tf32
-from matchanything_ros.engines.parity import check_parity, compare, load_golden, warn_if_wrong
+from matchanything_ros.engines.parity import check_parity, compare, load_golden, warn_if_wrong, warp_distances
 from matchanything_ros.errors import UserError
 
 RNG = np.random.Generator(np.random.PCG64(11))
@@ -89,19 +89,29 @@ def test_nan_does_not_pass() -> None:
     assert not parity.passed and "finite" in parity.summary
 
 
-def test_a_dense_warp_decides_where_there_is_one() -> None:
+def dense(shift: float = 0.0, half: int = 0) -> dict[str, np.ndarray]:
+    """A warp [1, 4, 64, 2 * 96] as RoMa writes it: targets in image 1 on the left, in image 0 on the right; those of
+    one half are so many pixels farther to the right."""
     y, x = np.mgrid[-1:1:64j, -1:1:96j].astype(np.float32)
-    warp = np.stack([x, y, x * 0.9, y * 0.9])[None]
-    cert = np.ones((1, 1, 64, 96), np.float32)
-    thin = {"warp": warp[..., ::4, ::4].astype(np.float16), "cert": cert[..., ::4, ::4].astype(np.float16)}
+    left, right = np.stack([x, y, x * 0.9, y * 0.9]), np.stack([x * 0.8, y * 0.8, x, y])
+    (left, right)[half][2 - 2 * half] += np.float32(shift * 2 / 96)
+    return {"warp": np.concatenate([left, right], 2)[None], "cert": np.ones((1, 1, 64, 192), np.float32)}
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_dense_warp_decides_where_there_is_one(half: int) -> None:
+    thin = {name: x[..., ::4, ::4].astype(np.float16) for name, x in dense().items()}
     result = {**golden(), **thin}
     other = changed(keypoints0=golden()["keypoints0"] + 50)  # other matches of the same warp
-    same = compare(result, {**other, "warp": warp, "cert": cert}, 0.1, "fp16")
+    same = compare(result, {**other, **dense()}, 0.1, "fp16")
     assert same.passed and same.warp_px is not None and same.warp_px < 0.05
-    moved = warp.copy()
-    moved[:, 2] += 2 * 3 / 96  # three pixels
-    off = compare(result, {**other, "warp": moved, "cert": cert}, 0.1, "fp16")
-    assert not off.passed and off.warp_px == pytest.approx(3, abs=0.05)
+    right, wrong = sorted(warp_distances(result, dense(3.0, half)), key=np.mean)
+    assert len(right) == len(wrong) == 16 * 24 and right.max() < 0.05
+    np.testing.assert_allclose(wrong, 3, atol=0.05)
+    off = compare(result, {**other, **dense(3.0, half)}, 0.1, "fp16")
+    assert not off.passed and off.warp_px == pytest.approx(3, abs=0.05)  # the worse direction, not both together
+    nowhere = {**thin, "cert": np.full_like(thin["cert"], 0.4)}
+    assert warp_distances(nowhere, dense()) == []
 
 
 def test_any_engine_can_be_asked(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from matchanything_ros.bundle import load_bundle
 from matchanything_ros.cli import main
 from matchanything_ros.engines import open_engine
+from matchanything_ros.engines.parity import warp_distances
 from matchanything_ros.match_files import read_image
 from matchanything_ros.matcher import Matches
 from matchanything_tools.judgement import Record, judge
@@ -34,27 +35,22 @@ def batch(pair: ImagePair, side: int) -> torch.Tensor:
     return torch.cat([roma_case.resized(image, side) for image in planes])
 
 
-def run(roma: Roma, pair: ImagePair, side: int) -> list[Array]:
-    """keypoints0, keypoints1, scores, warp, cert of a network of one pass."""
+def run(roma: Roma, pair: ImagePair, side: int) -> dict[str, Array]:
+    """The outputs of a network of one pass."""
     module = RomaMatcher(roma, 2000, dense=True, normalize=False)
     with torch.inference_mode():
-        return [x.numpy() for x in module(*batch(pair, side)[:, None])]
+        outputs = [x.numpy() for x in module(*batch(pair, side)[:, None])]
+    return dict(zip(("keypoints0", "keypoints1", "scores", "warp", "cert"), outputs, strict=True))
 
 
-def record(pair: ImagePair, outputs: list[Array], side: int) -> Record:
-    keypoints0, keypoints1, scores = outputs[:3]
+def record(pair: ImagePair, outputs: dict[str, Array], side: int) -> Record:
+    keypoints0, keypoints1, scores = (outputs[name] for name in ("keypoints0", "keypoints1", "scores"))
     sizes = [read_image(file).shape[1::-1] for file in pair.files]
     points = [
         ((x + 0.5) * np.array(size) / side - 0.5).astype(np.float32)
         for x, size in zip((keypoints0, keypoints1), sizes, strict=True)
     ]
     return judge(pair, Matches(*points, scores, *sizes, {}))
-
-
-def deviation(wanted: list[Array], found: list[Array], side: int, certain: float) -> Array:
-    """Pixels between two warps where the certainty of the first is above `certain`."""
-    error = roma_case.pixel_error(np.moveaxis(found[0][0], 0, 2), np.moveaxis(wanted[0][0], 0, 2), side)
-    return error[wanted[1][0, 0] > certain]
 
 
 def test_half_precision_where_weights_decide() -> None:
@@ -66,7 +62,7 @@ def test_half_precision_where_weights_decide() -> None:
     for name in ("landsat5_red_nir", "vr_taj-mahal"):
         wanted = run(exact, PAIRS[name], side)
         found = run(half, PAIRS[name], side)
-        errors.append(deviation(wanted[3:], found[3:], side, 0.05))
+        errors += warp_distances(wanted, found, certain=0.05)
         if name == "landsat5_red_nir":  # by chance not one match in a thousand is within 3 px
             result = record(PAIRS[name], wanted, side)
             assert result.precision is not None and result.precision > 0.02 and result.status == "OK"
@@ -97,7 +93,7 @@ def test_half_precision_of_a_bundle_that_matches(tmp_path: Path) -> None:
         assert record(PAIRS[name], wanted, side).error_px is not None
         inputs = {f"image{i}": image[None].numpy() for i, image in enumerate(batch(PAIRS[name], side))}
         found = engine.run(inputs)
-        errors.append(deviation(wanted[3:], [found["warp"], found["cert"]], side, 0.5))
+        errors += warp_distances(wanted, found, certain=0.5)
     engine.close()
     error = np.concatenate(errors)
     # Measured: 0.15 px and 98.9 %; with the weights made for 560, 0.03 to 0.16 px and 98.6 to 100 % a pair. The share

@@ -14,7 +14,7 @@ import seeded
 
 from matchanything_ros.bundle import Bundle, WeightsInfo, load_bundle, sha256_of
 from matchanything_ros.cli import main
-from matchanything_tools.deviation import LIMITS, Deviation, compare, corner_distance, judge, summarise
+from matchanything_tools.deviation import GOLDEN_LIMITS, LIMITS, Deviation, compare, corner_distance, judge, summarise
 from matchanything_tools.rebuild import rebuild
 from matchanything_tools.validate import read_images
 
@@ -153,6 +153,25 @@ def test_deviation() -> None:
     assert summary["mean_px"] < 0.1 and any("within 1 px" in problem for problem in judge(summary, LIMITS["fp16"]))
 
     assert summarise([Deviation(0, 0, np.zeros(0, np.float32), np.zeros((0, 2), np.float32))])["mean_px"] is None
+
+
+def test_deviation_of_a_dense_warp() -> None:
+    """One pixel in fifty of one direction goes elsewhere: the typical one does not say so, the share does."""
+    cert = np.ones((1, 1, 100, 200), np.float32)
+    cert[..., 60:, :] = 0.4  # not certain
+    warp = np.zeros((1, 4, 100, 200), np.float32)
+    other = warp.copy()
+    other[0, 0, 58:, 100:] = 2 * 5 / 100  # 5 px of 100, two rows of sixty that are certain
+    matches = arrays(np.zeros((1, 2)), np.ones(1, np.float32))
+    one = compare({**matches, "warp": warp, "cert": cert}, {**matches, "warp": other, "cert": cert}, 0.1)
+    summary = summarise([one, one])
+    assert summary["warp_pixels"] == 2 * 12000 and summary["warp_median_px"] == 0
+    assert summary["warp_mean_px"] == pytest.approx(5 / 60) and summary["warp_within_1_px"] == pytest.approx(59 / 60)
+    assert judge(summary, LIMITS["fp16"]) == ["only 98.3% of the certain warp is within 1 px (limit 99%)"]
+    assert not judge(summary, GOLDEN_LIMITS["fp16"])
+    other[0, 0, :, 100:] = 2 * 0.7 / 100
+    moved = summarise([compare({**matches, "warp": warp, "cert": cert}, {**matches, "warp": other, "cert": cert}, 0.1)])
+    assert judge(moved, GOLDEN_LIMITS["fp16"]) == ["the warp is 0.700 px off where it is certain (limit 0.5)"]
 
 
 def test_corner_distance() -> None:

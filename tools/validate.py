@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance",
         type=float,
         metavar="PX",
-        help="largest mean distance of keypoints (fp32: 0.02, fp16: 0.25, of golden images 0.5)",
+        help="largest mean distance of keypoints (fp32: 0.02, fp16: 0.25, of golden images 0.5), or median of a warp",
     )
     parser.add_argument("--out", type=Path, default=Path("validation.json"), help="where the figures are written")
 
@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--pairs needs --weights: without the checkpoint there is nothing to compare with.")
     limits, golden_limits = (table[bundle.manifest.precision] for table in (LIMITS, GOLDEN_LIMITS))
     if args.tolerance is not None:
-        limits, golden_limits = (dataclasses.replace(x, mean_px=args.tolerance) for x in (limits, golden_limits))
+        given = {"mean_px": args.tolerance, "warp_px": args.tolerance}
+        limits, golden_limits = (dataclasses.replace(x, **given) for x in (limits, golden_limits))
     engine = open_engine(bundle, args.backend, as_exported=True)
     try:
         results = {"golden result": [against_golden(engine)]}
@@ -182,7 +183,10 @@ def table(report: dict[str, Any]) -> str:
         "within_1_px": "{:.2%}",
         "score_correlation": "{:.5f}",
         "corner_error_px": "{:.3f}",
-        "warp_px": "{:.4f}",
+        "warp_pixels": "{:d}",
+        "warp_mean_px": "{:.4f}",
+        "warp_median_px": "{:.4f}",
+        "warp_within_1_px": "{:.2%}",
     }
     for key, pattern in rows.items():
         values = [column[key] for column in columns.values()]

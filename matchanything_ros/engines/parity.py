@@ -17,19 +17,22 @@ from matchanything_ros.errors import UserError
 from matchanything_ros.preprocess import prepare
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+Float = npt.NDArray[np.float32]
 
 RADIUS_PX = 1.0  # a match is found again if both of its ends are this near
 # Which share of the matches must be found again, both ways, and how far off the median one may be. Matches at the score
 # threshold, and keypoints at the end of a top-K, come and go with rounding: in fp16 one in five was allowed for.
 LEAST_FOUND = {"fp32": 0.95, "fp16": 0.80}
 MOST_MEDIAN_PX = {"fp32": 0.1, "fp16": 0.3}
-MOST_WARP_PX = {"fp32": 0.5, "fp16": 1.0}  # median over what is certain; the golden warp is stored in fp16
+MOST_WARP_PX = {"fp32": 0.5, "fp16": 1.0}  # see Parity; the golden warp is stored in fp16
+CERTAIN = 0.5  # certainty of a dense warp above which it must be right
 
 
 @dataclass(frozen=True)
 class Parity:
     """The comparison with the golden result. found: share of golden matches found again; real: share of the engine's
-    matches that are golden ones; median_px: of the distances; warp_px: median difference of the dense warp, if any."""
+    matches that are golden ones; median_px: of the distances; warp_px: median difference of a dense warp where it is
+    certain, in the worse direction."""
 
     passed: bool
     expected: int
@@ -49,7 +52,7 @@ def check_parity(engine: Engine) -> Parity:
     return check_run(engine.bundle, engine.run)
 
 
-def check_run(bundle: Bundle, run: Callable[[dict[str, npt.NDArray[np.float32]]], Arrays]) -> Parity:
+def check_run(bundle: Bundle, run: Callable[[dict[str, Float]], Arrays]) -> Parity:
     """The same for whatever runs a bundle's network: inputs by name in, outputs by name out."""
     golden = load_golden(bundle)
     images = (golden["image0"], golden["image1"])
@@ -85,13 +88,14 @@ def load_golden(bundle: Bundle) -> dict[str, npt.NDArray[Any]]:
 
 def compare(golden: Arrays, outputs: Arrays, score_threshold: float, precision: str) -> Parity:
     """Compare the outputs of a network with the golden ones; both as networks give them (pixels of their input)."""
-    wanted, given = _matches(golden, score_threshold), _matches(outputs, score_threshold)
+    wanted, given = (matches_above(arrays, score_threshold)[0] for arrays in (golden, outputs))
     finite = all(np.isfinite(np.asarray(outputs[name], np.float32)).all() for name in outputs)
-    to_given, to_wanted = _nearest(wanted, given), _nearest(given, wanted)
+    to_given, to_wanted = nearest(wanted, given)[1], nearest(given, wanted)[1]
     found, real = _share(to_given), _share(to_wanted)
     near = to_given[to_given <= RADIUS_PX]
     median = float(np.median(near)) if len(near) else float("inf") if len(wanted) else 0.0
-    warp = _warp_difference(golden, outputs)
+    distances = warp_distances(golden, outputs)
+    warp = max((float(np.median(x)) for x in distances), default=None)
     least = LEAST_FOUND[precision]
     if not finite:
         problem = "not all values are finite"
@@ -108,46 +112,53 @@ def compare(golden: Arrays, outputs: Arrays, score_threshold: float, precision: 
     return Parity(not problem, len(wanted), len(given), found, real, median, warp, summary)
 
 
-def _matches(arrays: Arrays, threshold: float) -> npt.NDArray[np.float32]:
-    """[N, 4]: x0, y0, x1, y1 of the matches above the threshold."""
+def matches_above(arrays: Arrays, threshold: float) -> tuple[Float, Float]:
+    """Matches [N, 4] (x0, y0, x1, y1) and scores [N] of those that a network found with at least this score."""
     scores = np.asarray(arrays["scores"], np.float32)
     keep = (scores > 0) & (scores >= threshold)
     both = np.concatenate([arrays["keypoints0"][keep], arrays["keypoints1"][keep]], axis=1)
-    return np.asarray(both, np.float32)
+    return np.asarray(both, np.float32), scores[keep]
 
 
-def _nearest(matches: npt.NDArray[np.float32], others: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """For each match the distance to the nearest other one: the larger of the distances of its two ends."""
-    if not len(matches) or not len(others):
-        return np.full(len(matches), np.inf, np.float32)
-    result = np.empty(len(matches), np.float32)
+def nearest(matches: Float, others: Float) -> tuple[npt.NDArray[np.intp], Float]:
+    """Of the other matches, for each [N, 4] the index of the nearest and its distance: the larger one of the two ends'.
+    Infinite if there is none."""
+    index, distance = np.zeros(len(matches), np.intp), np.full(len(matches), np.inf, np.float32)
+    if not len(others):
+        return index, distance
     for start in range(0, len(matches), 256):  # bounded memory
         step = matches[start : start + 256, None] - others[None]
         ends = np.maximum(np.hypot(step[..., 0], step[..., 1]), np.hypot(step[..., 2], step[..., 3]))
-        result[start : start + 256] = ends.min(1)
-    return result
+        index[start : start + 256] = ends.argmin(1)
+        distance[start : start + 256] = ends.min(1)
+    return index, distance
 
 
-def _missing(distances: npt.NDArray[np.float32], least: float) -> bool:
+def warp_distances(wanted: Arrays, given: Arrays, certain: float = CERTAIN) -> list[Float]:
+    """Pixels between two dense warps [1, 4, H, 2W] where the certainty of the first is above `certain`: one array a
+    direction in which something is. The first may be thinned out, as golden results are stored. Empty without warps.
+
+    Pixels of the warp's resolution, W x H. The left half holds targets in image 1 (channels 2, 3), the right half those
+    in image 0 (channels 0, 1); what else is there are the pixels' own places, the same in both.
+    """
+    if "warp" not in wanted or "warp" not in given:
+        return []
+    height, width = given["warp"].shape[2], given["warp"].shape[3] // 2
+    step = -(-height // wanted["warp"].shape[2])
+    difference = np.asarray(given["warp"][0, :, ::step, ::step], np.float32) - np.asarray(wanted["warp"][0], np.float32)
+    x0, y0, x1, y1 = difference * np.array([width, height] * 2, np.float32)[:, None, None] / 2
+    sure = np.asarray(wanted["cert"], np.float32)[0, 0] > certain
+    border = -(-width // step)  # thinned out, too
+    left, right = np.hypot(x1, y1)[:, :border], np.hypot(x0, y0)[:, border:]
+    directions = (left[sure[:, :border]], right[sure[:, border:]])
+    return [np.asarray(x, np.float32) for x in directions if len(x)]
+
+
+def _missing(distances: Float, least: float) -> bool:
     """Whether too few were found. One may always be missing, if it is not the only one."""
     count = int((distances > RADIUS_PX).sum())
     return count > max(1, round((1 - least) * len(distances))) or 0 < len(distances) == count
 
 
-def _share(distances: npt.NDArray[np.float32]) -> float:
+def _share(distances: Float) -> float:
     return float((distances <= RADIUS_PX).mean()) if len(distances) else 1.0
-
-
-def _warp_difference(golden: Arrays, outputs: Arrays) -> float | None:
-    """Median difference in pixels of image 1 between the warps where the golden one is certain; None without a warp."""
-    if "warp" not in golden or "warp" not in outputs:
-        return None
-    height, width = outputs["warp"].shape[-2:]
-    step = -(-height // golden["warp"].shape[-2])  # the golden one is stored thinned out
-    wanted = golden["warp"].astype(np.float32)[0]
-    given = np.asarray(outputs["warp"][0, :, ::step, ::step], np.float32)
-    certain = golden["cert"].astype(np.float32)[0, 0] > 0.5
-    if not certain.any():
-        return None
-    difference = np.hypot((given[2] - wanted[2]) * width / 2, (given[3] - wanted[3]) * height / 2)
-    return float(np.median(difference[certain]))
