@@ -1,11 +1,15 @@
-"""What tests of several parts share and is dear to make."""
+"""What tests of several files share."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from tensorrt_machine import Machine
 
 from matchanything_ros.bundle import Bundle
 
@@ -61,3 +65,19 @@ def small_eloftr(tmp_path_factory: pytest.TempPathFactory) -> tuple[Exportable, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matchanything_tools.export.EXTERNAL_DATA_OVER", 1 << 20)
         return item, export(item, folder / "small.onnx")
+
+
+@pytest.fixture(params=[False, True], ids=["fixed", "dynamic"])
+def machine(tmp_path: Path, request: pytest.FixtureRequest) -> Machine:
+    """Doubles of a GPU, pycuda and TensorRT, and a bundle with a plan."""
+    return Machine(tmp_path, dynamic=request.param)
+
+
+@pytest.fixture
+def nothing_wrong_in_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A WrongCall in a thread or a destructor fails the test as well."""
+    found: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", found.append)
+    monkeypatch.setattr("sys.unraisablehook", found.append)
+    yield
+    assert found == [], [getattr(entry, "exc_value", entry) for entry in found]

@@ -45,3 +45,13 @@ class Machine:
         if stream not in self.cuda.streams:
             raise WrongCall("not a stream")
         self.cuda.streams[stream].work.append(work)
+
+
+def inputs_of(size: tuple[int, int], seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.Generator(np.random.PCG64(seed))
+    return {name: rng.random((1, 3, *size), np.float32) for name in ("image0", "image1")}
+
+
+def assert_same(outputs: dict[str, np.ndarray], inputs: dict[str, np.ndarray], tolerance: float = 1e-4) -> None:
+    for name, wanted in expected(inputs["image0"], inputs["image1"]).items():
+        np.testing.assert_allclose(outputs[name], wanted, atol=tolerance)

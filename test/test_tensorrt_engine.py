@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import tensorrt_double
-from pycuda_double import PycudaDouble, WrongCall, compiled_kernels
-from tensorrt_double import TensorRTDouble, plan_bytes
-from tensorrt_machine import Machine
-from tiny_bundle import LARGEST, MATCHES, SIZE, SMALLEST, expected
+from pycuda_double import compiled_kernels
+from tensorrt_machine import Machine, assert_same, inputs_of
+from tiny_bundle import LARGEST, MATCHES, SIZE, SMALLEST
 
-from matchanything_ros.engines.cuda import CudaWorker
-from matchanything_ros.engines.cuda_errors import CudaFailure, explain
 from matchanything_ros.engines.parity import check_parity
 from matchanything_ros.errors import UserError
 from matchanything_ros.preprocess import prepare
 
-
-@pytest.fixture(params=[False, True], ids=["fixed", "dynamic"])
-def machine(tmp_path: Path, request: pytest.FixtureRequest) -> Machine:
-    return Machine(tmp_path, dynamic=request.param)
-
-
-@pytest.fixture(autouse=True)
-def nothing_wrong_in_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A WrongCall in a thread or a destructor fails the test as well."""
-    found: list[Any] = []
-    monkeypatch.setattr(threading, "excepthook", found.append)
-    monkeypatch.setattr("sys.unraisablehook", found.append)
-    yield
-    assert found == [], [getattr(entry, "exc_value", entry) for entry in found]
-
-
-def inputs_of(size: tuple[int, int], seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.Generator(np.random.PCG64(seed))
-    return {name: rng.random((1, 3, *size), np.float32) for name in ("image0", "image1")}
-
-
-def assert_same(outputs: dict[str, np.ndarray], inputs: dict[str, np.ndarray], tolerance: float = 1e-4) -> None:
-    for name, wanted in expected(inputs["image0"], inputs["image1"]).items():
-        np.testing.assert_allclose(outputs[name], wanted, atol=tolerance)
+pytestmark = pytest.mark.usefixtures("nothing_wrong_in_threads")
 
 
 def test_results_are_those_of_this_frame_and_stay(machine: Machine) -> None:
@@ -119,106 +90,6 @@ def test_called_from_many_threads(machine: Machine) -> None:
     assert machine.cuda.retained == 0
 
 
-def test_a_passing_error_is_a_sentence_and_the_next_frame_works(machine: Machine) -> None:
-    engine = machine.open()
-    machine.cuda.fail["synchronize"] = machine.cuda.LogicError("cuStreamSynchronize failed: invalid argument")
-    with pytest.raises(CudaFailure, match="if it stays, configure the node again") as caught:
-        engine.run(inputs_of(SIZE))
-    assert not caught.value.sticky
-    inputs = inputs_of(SIZE)
-    assert_same(engine.run(inputs), inputs)
-    engine.close()
-    assert machine.cuda.retained == 0 and machine.cuda.memory == []
-
-
-@pytest.mark.parametrize(
-    ("error", "sentence"),
-    [
-        (
-            "cuStreamSynchronize failed: an illegal memory access was encountered",
-            "cannot be used in this process any more",
-        ),
-        ("cuStreamSynchronize failed: unspecified launch failure", "cannot be used in this process any more"),
-        ("cuStreamSynchronize failed: no device", "does not answer"),
-    ],
-)
-def test_a_lost_context_is_a_sentence_each_time_and_is_left(tmp_path: Path, error: str, sentence: str) -> None:
-    machine = Machine(tmp_path)
-    engine = machine.open()
-    machine.cuda.lost = machine.cuda.LogicError(error)
-    with pytest.raises(CudaFailure, match=sentence + ".*start the program again") as caught:
-        engine.run(inputs_of(SIZE))
-    assert caught.value.sticky and "\n" not in str(caught.value)
-    machine.cuda.calls.clear()
-    with pytest.raises(CudaFailure, match=sentence):
-        engine.run(inputs_of(SIZE))
-    assert machine.cuda.calls == [], "nothing is tried any more"
-    engine.close()
-    assert machine.cuda.retained == 0 and machine.cuda.calls[-2:] == ["pop", "detach"]
-    with pytest.raises(CudaFailure, match=sentence):
-        machine.open()
-    assert machine.cuda.retained == 0
-
-
-@pytest.mark.parametrize(
-    "failing", ["init", "retain_primary_context", "push", "Stream", "mem_alloc", "pagelocked_empty"]
-)
-def test_out_of_memory_while_opening_leaves_nothing(tmp_path: Path, failing: str) -> None:
-    machine = Machine(tmp_path)
-    machine.cuda.fail[failing] = machine.cuda.MemoryError(f"{failing} failed: out of memory")
-    with pytest.raises(CudaFailure, match="not enough free memory"):
-        machine.open()
-    assert machine.cuda.retained == 0 and machine.cuda.memory == [] and machine.trt.alive == []
-    machine.open().close()
-
-
-@pytest.mark.parametrize(
-    ("call", "sentence"),
-    [
-        ("deserialize_cuda_engine", r"cannot load tiny.gpu.plan \(the reason\): run 'matchanything build"),
-        ("create_execution_context", r"no room to run tiny.gpu.plan \(the reason\): close other programs"),
-    ],
-)
-def test_a_plan_that_cannot_be_opened_is_one_sentence(tmp_path: Path, call: str, sentence: str) -> None:
-    machine = Machine(tmp_path)
-    machine.trt.fail[call] = "the reason\nand its details"
-    with pytest.raises(UserError, match=sentence):
-        machine.open()
-    assert machine.cuda.retained == 0 and machine.trt.alive == []
-
-
-def test_a_refused_execution_is_one_sentence_and_the_next_works(machine: Machine) -> None:
-    engine = machine.open()
-    machine.trt.fail["execute_async_v3"] = "the reason"
-    with pytest.raises(UserError, match=r"refuses to run tiny.gpu.plan \(the reason\)"):
-        engine.run(inputs_of(SIZE))
-    inputs = inputs_of(SIZE)
-    assert_same(engine.run(inputs), inputs)
-    engine.close()
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"dtype": "HALF"}, "not float32"),
-        ({"outputs": {"keypoints0": (MATCHES, 2)}}, "other inputs or outputs"),
-        ({"outputs": {"keypoints0": (-1, 2), "keypoints1": (3, 2), "scores": (3,)}}, ""),
-    ],
-)
-def test_a_plan_of_another_network_is_refused(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
-    machine = Machine(tmp_path)
-    shapes = ((1, 3, *SIZE),) * 3
-    outputs = {"keypoints0": (MATCHES, 2), "keypoints1": (MATCHES, 2), "scores": (MATCHES,)}
-    content = {"inputs": {"image0": shapes, "image1": shapes}, "outputs": outputs, **change}
-    machine.plan.write_bytes(plan_bytes(**content))
-    if not sentence:  # a side of image0, thus bounded
-        machine.open().close()
-        return
-    with pytest.raises(UserError, match=sentence):
-        machine.open()
-    assert machine.cuda.retained == 0
-
-
 def test_parity_through_the_engine(machine: Machine) -> None:
     engine = machine.open()
     result = check_parity(engine)
@@ -283,68 +154,3 @@ def test_without_kernels_the_network_still_runs(machine: Machine) -> None:
     inputs = inputs_of(SIZE)
     assert_same(engine.run(inputs), inputs)
     engine.close()
-
-
-def test_worker_refuses_what_comes_after_its_end_and_keeps_foreign_errors() -> None:
-    cuda = PycudaDouble()
-    worker = CudaWorker(drv=cuda)
-    with pytest.raises(ZeroDivisionError):
-        worker.call(lambda: 1 // 0, "dividing")
-    assert worker.call(lambda: worker.call(lambda: 5, "inside"), "outside") == 5  # in its own thread it just runs
-    worker.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        worker.call(lambda: 5, "late")
-
-
-def test_the_double_refuses_what_it_says() -> None:
-    """A double that lets everything pass proves nothing."""
-    cuda = PycudaDouble()
-    wrong: list[Callable[[], Any]] = [
-        lambda: cuda.mem_alloc(4),
-        lambda: cuda.Device(0),
-        lambda: cuda.Context.pop(),
-    ]
-    for call in wrong:
-        with pytest.raises(WrongCall):
-            call()
-    cuda.init()
-    context = cuda.Device(0).retain_primary_context()
-    context.push()
-    memory, stream = cuda.mem_alloc(8), cuda.Stream()
-    with pytest.raises(WrongCall, match="page-locked"):
-        cuda.memcpy_htod_async(memory, np.zeros(8, np.uint8), stream)
-    with pytest.raises(WrongCall, match="allocation of 8"):
-        cuda.memcpy_htod_async(memory, cuda.pagelocked_empty((9,), np.uint8), stream)
-    with pytest.raises(WrongCall, match="still pushed"):
-        context.detach()
-    shapes = {"image0": ((1, 3, 4, 4), (1, 3, 4, 4), (1, 3, 8, 8))}
-    trt = TensorRTDouble(lambda *_: None, cuda.check)
-    engine = trt.Runtime(trt.ILogger()).deserialize_cuda_engine(plan_bytes(shapes, {"out": (2,)}))
-    assert engine is not None
-    run = engine.create_execution_context()
-    assert run is not None
-    with pytest.raises(WrongCall, match="unknown tensor"):
-        run.set_tensor_address("image7", 0)
-    with pytest.raises(WrongCall, match="without an address"):
-        run.execute_async_v3(stream.handle)
-    for name in ("image0", "out"):
-        run.set_tensor_address(name, int(memory))
-    with pytest.raises(WrongCall, match="without a shape"):
-        run.execute_async_v3(stream.handle)
-    del run, engine
-    cuda.Context.pop()
-
-
-def test_tensorrt_double_is_like_the_real_one() -> None:
-    """Every method and property of the double exists under the same name in TensorRT's own module."""
-    real = pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
-    for name, double in vars(tensorrt_double.RECORDED).items():
-        members = {member for member in vars(double) if not member.startswith("_")}
-        assert members <= set(dir(getattr(real, name))), name
-    assert {"num_io_tensors", "device_memory_size_v2"} <= set(dir(real.ICudaEngine))
-    assert real.TensorIOMode.INPUT.name == "INPUT" and real.DataType.FLOAT.name == "FLOAT"
-
-
-def test_explanations_never_have_two_lines() -> None:
-    error = PycudaDouble.LogicError("cuFoo failed: odd\nsecond line")
-    assert "\n" not in str(explain(error, "testing")) and "odd" in str(explain(error, "testing"))

@@ -15,8 +15,10 @@ from tiny_bundle import LARGEST, MATCHES, SIZE, SMALLEST, write_bundle
 
 from matchanything_ros.engines.flavour import Flavour
 from matchanything_ros.engines.tensorrt import TensorRTEngine
+from matchanything_ros.preprocess import prepare
 
 OUTPUTS = {"keypoints0": (MATCHES, 2), "keypoints1": (MATCHES, 2), "scores": (MATCHES,)}
+STEP = 1.001 / 255  # one gray level
 SOURCES = {"keypoints0": "image0", "keypoints1": "image1", "scores": "image1"}
 
 
@@ -46,3 +48,16 @@ def open_stand_in(folder: Path, dynamic: bool = False) -> TensorRTEngine:
     plan = folder / "tiny.stand-in.plan"
     plan.write_bytes(plan_bytes({"image0": shapes, "image1": shapes}, OUTPUTS))
     return TensorRTEngine(bundle, plan, Flavour("tensorrt", "10.3.0", TensorRTDouble(device_copy)))
+
+
+def pictures(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
+    rng = np.random.Generator(np.random.PCG64(seed))
+    return [rng.integers(0, 256, shape, np.uint8) for shape in shapes]
+
+
+def check(engine: Any, images: list[np.ndarray]) -> None:
+    outputs, _, _ = engine.run_images((images[0], images[1]))
+    specs, preprocess = engine.bundle.manifest.inputs, engine.bundle.manifest.preprocess
+    wanted = expected({spec.name: prepare(images[spec.image], preprocess, spec)[0] for spec in specs})
+    for name, value in wanted.items():
+        np.testing.assert_allclose(outputs[name], value, atol=STEP)

@@ -5,10 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
-import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -16,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from gpu.stand_in import expected, open_stand_in
+from gpu.stand_in import STEP, check, open_stand_in, pictures
 
-import matchanything_ros
 from matchanything_ros.bundle import InputSpec, Preprocess
 from matchanything_ros.engines.cuda import CudaWorker
 from matchanything_ros.engines.cuda_errors import CudaFailure
@@ -28,7 +22,6 @@ from matchanything_ros.engines.gpu_preprocess import GpuPreprocessor
 from matchanything_ros.preprocess import prepare
 
 Report = Callable[[str], None]
-STEP = 1.001 / 255
 
 
 def current_context() -> int | None:
@@ -36,19 +29,6 @@ def current_context() -> int | None:
     context = ctypes.c_void_p()
     ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context))
     return context.value
-
-
-def pictures(seed: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
-    rng = np.random.Generator(np.random.PCG64(seed))
-    return [rng.integers(0, 256, shape, np.uint8) for shape in shapes]
-
-
-def check(engine: Any, images: list[np.ndarray]) -> None:
-    outputs, _, _ = engine.run_images((images[0], images[1]))
-    specs, preprocess = engine.bundle.manifest.inputs, engine.bundle.manifest.preprocess
-    wanted = expected({spec.name: prepare(images[spec.image], preprocess, spec)[0] for spec in specs})
-    for name, value in wanted.items():
-        np.testing.assert_allclose(outputs[name], value, atol=STEP)
 
 
 def free_memory() -> int:
@@ -186,89 +166,6 @@ def _run(worker: CudaWorker, gpu: GpuPreprocessor, image: np.ndarray, preprocess
     return result
 
 
-# How a process with an open engine ends. %s is what it does at the end.
-CHILD = textwrap.dedent(
-    """
-    import os, signal, sys, time
-    from pathlib import Path
-    import numpy as np
-    from gpu.stand_in import open_stand_in
-    engine = open_stand_in(Path(sys.argv[1]))
-    image = np.zeros((48, 64, 3), np.uint8)
-    engine.run_images((image, image))
-    %s
-    """
-)
-LOOP = "print('ready', flush=True)\nwhile True: engine.run_images((image, image))"
-LOST = """
-from matchanything_ros.engines.cuda_errors import CudaFailure
-def bad():
-    kernel = engine._preprocessor._rows
-    kernel.prepared_async_call((1, 1), (32, 8, 1), engine._worker.stream, 64, 8, 8, 3, 0, 64, 64, 1, 8, 64)
-    engine._worker.stream.synchronize()
-try:
-    engine._worker.call(bad, 'writing where nothing is')
-    sys.exit('no error')
-except CudaFailure as failure:
-    assert failure.sticky, failure
-    print(failure)
-engine.close()
-try:
-    again = open_stand_in(Path(sys.argv[1]))
-    again.run_images((image, image))
-    again.close()
-    print('a new engine works')
-except CudaFailure as failure:
-    assert failure.sticky, failure
-    print('a new engine:', failure)
-"""
-
-
-@pytest.mark.parametrize(
-    ("end", "send", "codes"),
-    [
-        ("engine.close()", None, {0}),
-        ("pass", None, {0}),
-        ("sys.exit(3)", None, {3}),
-        ("raise RuntimeError('on purpose')", None, {1}),
-        (LOOP, signal.SIGINT, {1, 130, -signal.SIGINT}),
-        (LOOP, signal.SIGTERM, {-signal.SIGTERM}),
-        ("signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n" + LOOP, signal.SIGTERM, {0}),
-        (LOST, None, {0}),
-    ],
-    ids=[
-        "closed",
-        "left open",
-        "sys.exit",
-        "exception",
-        "SIGINT",
-        "SIGTERM",
-        "SIGTERM handled",
-        "lost context",
-    ],
-)
-def test_the_process_ends_cleanly(
-    drv: Any, tmp_path: Path, report: Report, end: str, send: signal.Signals | None, codes: set[int]
-) -> None:
-    """No abort by pycuda about contexts that are still active, whatever ends the process."""
-    folders = [str(Path(__file__).parents[1]), str(Path(matchanything_ros.__file__ or "").parents[1])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])}
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD % end, str(tmp_path)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-    if send is not None:
-        assert child.stdout is not None and child.stdout.readline() == "ready\n", child.communicate()[1]
-        time.sleep(0.5)
-        child.send_signal(send)
-    out, err = child.communicate(timeout=60)
-    assert child.returncode in codes, (child.returncode, err)
-    assert "PyCUDA ERROR" not in err and (end == LOST or "PyCUDA WARNING" not in err), err
-    report(
-        f"exit status {child.returncode}" + ("; " + " ".join(out.split()) if out.strip() not in ("", "ready") else "")
-    )
-
-
 def test_too_little_memory_is_a_sentence_and_not_the_end(drv: Any, tmp_path: Path, report: Report) -> None:
     engine = open_stand_in(tmp_path)
     with pytest.raises(CudaFailure, match="not enough free memory") as caught:
@@ -277,58 +174,3 @@ def test_too_little_memory_is_a_sentence_and_not_the_end(drv: Any, tmp_path: Pat
     check(engine, pictures(1, (60, 80, 3), (90, 50)))
     engine.close()
     report(str(caught.value))
-
-
-def test_onnx_runtime_on_cuda_in_the_same_process(drv: Any, tmp_path: Path, report: Report) -> None:
-    ort = pytest.importorskip("onnxruntime")
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
-        pytest.skip("this ONNX Runtime has no CUDA provider")
-    helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
-    weight = np.random.Generator(np.random.PCG64(1)).random((8, 3, 3, 3), np.float32)
-    graph = helper.make_graph(
-        [helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])],
-        "conv",
-        [helper.make_tensor_value_info("x", float32, [1, 3, 48, 64])],
-        [helper.make_tensor_value_info("y", float32, [1, 8, 48, 64])],
-        [onnx.numpy_helper.from_array(weight, "w")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
-    x = np.random.Generator(np.random.PCG64(2)).random((1, 3, 48, 64), np.float32)
-    wanted = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
-
-    def session() -> Any:
-        made = ort.InferenceSession(model, providers=["CUDAExecutionProvider"])
-        assert made.get_providers()[0] == "CUDAExecutionProvider"
-        return made
-
-    def compare(which: Any) -> None:
-        np.testing.assert_allclose(which.run(None, {"x": x})[0], wanted, atol=5e-2)  # TF32 is on by default there
-
-    before = session()
-    compare(before)
-    engine = open_stand_in(tmp_path)
-    beside = session()
-    stop = threading.Event()
-    failures: list[BaseException] = []
-
-    def keep_running() -> None:
-        try:
-            while not stop.is_set():
-                compare(beside)
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=keep_running)
-    thread.start()
-    for seed in range(200):
-        check(engine, pictures(seed, (60, 80, 3), (90, 50)))
-    stop.set()
-    thread.join()
-    engine.close()
-    for which in (before, beside, session()):
-        compare(which)  # closing the engine took nothing away
-    engine = open_stand_in(tmp_path)
-    check(engine, pictures(1, (60, 80, 3), (90, 50)))
-    engine.close()
-    assert failures == []
-    report(f"onnxruntime {ort.__version__} before, beside and after the engine, all results right")
