@@ -115,19 +115,39 @@ def estimate_homography(
     )
 
 
-def project(matrix: Matrix, points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Apply a homography to points [N, 2]; points on or behind its horizon become infinite."""
+def project(matrix: Matrix, points: npt.NDArray[np.float64], front: float | None = None) -> npt.NDArray[np.float64]:
+    """Apply a homography to points [N, 2]; points on or behind its horizon become infinite.
+
+    front: sign of the third coordinate in front of the horizon, see `front_of`; without it pixel (0, 0) is in front.
+    """
     homogeneous = points @ matrix[:, :2].T + matrix[:, 2]
-    depth = homogeneous[:, 2:] * np.sign(matrix[2, 2] if matrix[2, 2] != 0 else 1.0)
+    if front is None:
+        front = -1.0 if matrix[2, 2] < 0 else 1.0
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(depth > 1e-9, homogeneous[:, :2] / homogeneous[:, 2:], np.inf)
+        return np.where(front * homogeneous[:, 2:] > 1e-9, homogeneous[:, :2] / homogeneous[:, 2:], np.inf)
+
+
+def front_of(matrix: Matrix, points0: npt.NDArray[np.float64], points1: npt.NDArray[np.float64]) -> float:
+    """Sign of the third coordinate on that side of the horizon where the matches [N, 2] agree with the homography.
+
+    A homography is known up to its sign, and pixel (0, 0) need not be on the side that a camera sees: from farther back
+    the ground begins lower in the other image, and what is above it here, lies behind the camera there.
+    """
+    votes = [(1 / (1 + _distance(matrix, points0, points1, sign) ** 2)).sum() for sign in (1.0, -1.0)]
+    return 1.0 if votes[0] >= votes[1] else -1.0
 
 
 def transfer_error(
     matrix: Matrix, points0: npt.NDArray[np.float64], points1: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """Distance [N] in pixels of image 1 between projected and matched points."""
-    delta = project(matrix, points0) - points1
+    """Distance [N] in pixels of image 1 between projected and matched points; infinite behind the horizon."""
+    return _distance(matrix, points0, points1, front_of(matrix, points0, points1))
+
+
+def _distance(
+    matrix: Matrix, points0: npt.NDArray[np.float64], points1: npt.NDArray[np.float64], front: float
+) -> npt.NDArray[np.float64]:
+    delta = project(matrix, points0, front) - points1
     return np.asarray(np.hypot(delta[:, 0], delta[:, 1]))
 
 
@@ -173,7 +193,7 @@ def _descend(
     h = t1 @ matrix @ np.linalg.inv(t0)
     if abs(h[2, 2]) < 1e-12:
         return matrix
-    h = h / h[2, 2]
+    h = h * (front_of(matrix, points0, points1) / abs(h[2, 2]))  # in front is where w > 0
     x, y = normal0[:, 0], normal0[:, 1]
     ones, zeros = np.ones_like(x), np.zeros_like(x)
     best, best_cost = matrix, np.inf

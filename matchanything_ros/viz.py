@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from matchanything_ros.errors import UserError
-from matchanything_ros.homography import project
+from matchanything_ros.homography import front_of, project
 
 Picture = npt.NDArray[np.uint8]
 Float = npt.NDArray[np.float32]
@@ -75,7 +75,8 @@ def draw_matches(
     panel = canvas[: right.shape[0], left.shape[1] + GAP :]
     for matrix, colour in ((truth, TRUTH), (homography, OUTLINE)):
         if matrix is not None:
-            _outline(panel, image0.shape[:2], matrix, scale1, colour, 2 * unit)
+            ends = (np.asarray(x, np.float64).reshape(-1, 2)[good] for x in (keypoints0, keypoints1))
+            _outline(panel, image0.shape[:2], matrix, front_of(matrix, *ends), scale1, colour, 2 * unit)
     return _captioned(canvas, caption)
 
 
@@ -206,6 +207,7 @@ def _outline(
     panel: Picture,
     shape: tuple[int, ...],
     homography: Matrix,
+    front: float,
     scale: npt.NDArray[np.float64],
     colour: tuple[int, int, int],
     thickness: int,
@@ -215,7 +217,7 @@ def _outline(
     w, h = shape[1] - 1.0, shape[0] - 1.0
     sides = [(t * w, 0 * t), (0 * t + w, t * h), ((1 - t) * w, 0 * t + h), (0 * t, (1 - t) * h)]
     border = np.concatenate([np.stack(side, axis=1) for side in sides])
-    mapped = (project(homography, border) + 0.5) * scale - 0.5
+    mapped = (project(homography, border, front) + 0.5) * scale - 0.5
     pieces = [
         (a, b)
         for a, b in zip(mapped, np.roll(mapped, -1, axis=0), strict=True)

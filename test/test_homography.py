@@ -7,7 +7,7 @@ import pytest
 
 from matchanything_ros.acceptance import match_significance, plausible
 from matchanything_ros.errors import UserError
-from matchanything_ros.homography import Status, estimate_homography, project, refine_homography
+from matchanything_ros.homography import Status, estimate_homography, project, refine_homography, transfer_error
 
 SIZE = (640, 480)
 TRUE = np.array([[0.92, 0.11, 20.0], [-0.07, 1.05, -12.0], [1.5e-4, -8e-5, 1.0]])
@@ -48,6 +48,33 @@ def test_the_same_input_gives_the_same_output() -> None:
     p0, p1 = scene(60, 60, 1.0)
     first, second = (estimate_homography(p0, p1, SIZE, SIZE) for _ in range(2))
     assert np.array_equal(first.matrix, second.matrix) and np.array_equal(first.inliers, second.inliers)
+
+
+def ground(height: float = 1.0, focal: float = 500.0) -> np.ndarray:
+    """Homography from the ground plane (x, z, 1) in metres to pixels of a level camera at z = 0."""
+    pinhole = np.array([[focal, 0, 319.5], [0, focal, 239.5], [0, 0, 1]])
+    return np.asarray(pinhole @ np.array([[1, 0, 0], [0, 0, height], [0, 1, 0]]))
+
+
+@pytest.mark.parametrize("back", [2.0, 3.0, 6.0])
+@pytest.mark.parametrize("outliers", [0, 400])
+def test_a_robot_that_drove_on(back: float, outliers: int) -> None:
+    """Image 1 is taken farther back. From 3 m on, what image 0 shows at its top lies behind the ground's horizon."""
+    moved = np.array([[1, 0, 0], [0, 1, back], [0, 0, 1]])
+    truth = ground() @ moved @ np.linalg.inv(ground())
+    rng = np.random.default_rng(0)
+    points = ground() @ np.stack([rng.uniform(-6, 6, 20000), rng.uniform(1, 20, 20000), np.ones(20000)])
+    p0 = (points[:2] / points[2]).T
+    there = truth @ np.concatenate([p0, np.ones((len(p0), 1))], 1).T
+    p1 = (there[:2] / there[2]).T
+    seen = np.all((p0 > 0) & (p0 < SIZE) & (p1 > 0) & (p1 < SIZE), 1)
+    p0, p1 = p0[seen][:400], p1[seen][:400] + rng.normal(0, 0.3, (400, 2))
+    p0 = np.concatenate([p0, rng.uniform((0, 0), SIZE, (outliers, 2))])
+    p1 = np.concatenate([p1, rng.uniform((0, 0), SIZE, (outliers, 2))])
+    assert (transfer_error(truth, p0, p1)[:400] < 3).all()
+    for a, b in ((p0, p1), (p1, p0)):
+        result = estimate_homography(a, b, SIZE, SIZE)
+        assert result.status is Status.OK and result.inliers[:400].mean() > 0.9
 
 
 @pytest.mark.parametrize("seed", range(20))
