@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,13 @@ def test_a_lost_context_is_a_sentence_each_time_and_is_left(tmp_path: Path, erro
     with pytest.raises(CudaFailure, match=sentence):
         engine.run(inputs_of(SIZE))
     assert machine.cuda.calls == [], "nothing is tried any more"
+    inputs = inputs_of(SIZE)
+    image = weakref.ref(inputs["image0"])
+    with suppress(CudaFailure):
+        engine.run(inputs)
+    del inputs
+    gc.collect()
+    assert image() is None, "what failed keeps no images"
     engine.close()
     assert machine.cuda.retained == 0 and machine.cuda.calls[-2:] == ["pop", "detach"]
     with pytest.raises(CudaFailure, match=sentence):

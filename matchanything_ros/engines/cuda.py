@@ -41,7 +41,9 @@ class CudaWorker:
         self._context: Any = None
         self._buffers: list[Any] = []
         self._at_end: list[Callable[[], None]] = []
-        self._broken: CudaFailure | None = None
+        self._broken: str | None = (
+            None  # the sentence; the exception would keep the images of every call it went through
+        )
         self._work: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # between closing and handing in work: nothing is queued behind the end
         self._closed = False
@@ -60,7 +62,7 @@ class CudaWorker:
             if self._closed:
                 raise RuntimeError("the CUDA worker is closed")
             if self._broken is not None:
-                raise self._broken
+                raise CudaFailure(self._broken, sticky=True)
             self._work.put((work, future))
         try:
             return future.result()
@@ -69,7 +71,7 @@ class CudaWorker:
                 raise
             failure = explain(error, doing)
             if failure.sticky:
-                self._broken = failure
+                self._broken = str(failure)
             raise failure from error
 
     def close(self) -> None:
