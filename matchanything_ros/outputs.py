@@ -14,7 +14,8 @@ from matchanything_ros.errors import UserError
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `out`; when the block ends well its files move into `out`, else they are removed.
+    """Give a temporary folder in `out`, or beside it if there is none yet; when the block ends well its files move into
+    `out`, else they are removed.
 
     Files and folders of the same names in `out` are replaced, others stay. Raises UserError if `out` cannot be
     a folder.
@@ -22,9 +23,11 @@ def new_folder(out: Path) -> Iterator[Path]:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: name a folder for the results.")
     try:
-        # Only the parents: until the results are there, `out` itself must not appear.
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+        # Until the results are there, `out` itself must not appear. If it is there, it may be all that can be written,
+        # or a file system of its own, such as a container's volume.
+        place = out.absolute() if out.is_dir() else out.absolute().parent
+        place.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=place))
     except OSError as error:
         raise UserError(f"The folder {out} cannot be made ({error.strerror}): choose another for --out.") from error
     try:
