@@ -48,13 +48,14 @@ class Preprocess:
     channels: "rgb" or "gray".
     resize: "stretch" to exactly the input's size (aspect ratio ignored); "fit" keeps the aspect ratio, makes the long
         side that of `opt`, then pads right and bottom with zeros; "fit_down" is "fit" that never enlarges.
-        "fit_stretch" is "fit" with each side cut to a multiple of the divisor by a slight stretch instead of padding.
+        "fit_stretch" is "fit" with each side cut to a multiple of the divisor by a slight stretch instead of padding;
+        a side that would be below the least of the input is stretched to that.
     interpolation: "area", "linear", "bicubic", "bicubic_antialias" or "lanczos" (see resample.py).
     divisor: dynamic sizes are padded to multiples of this.
     long_side_limit: if set, first reduce to this long side by area (the MatchAnything demo does).
     gray: "luma" (ITU-R 601 in floating point), "pil_l" (resized, truncated to uint8, then the integer arithmetic of
         PIL's "L") or "pil_l_first" (what PIL does by itself: "L", then resized in uint8, rounded after each axis; only
-        with PIL's own interpolations, "bicubic_antialias" and "lanczos").
+        with PIL's own interpolations, "bicubic_antialias" and "lanczos", and without a long_side_limit).
     """
 
     channels: str = "rgb"
@@ -75,6 +76,8 @@ class Preprocess:
         _one_of("preprocess.gray", self.gray, ("luma", "pil_l", "pil_l_first"))
         if self.gray == "pil_l_first":  # area and linear choose by both axes at once; this takes one after the other
             _one_of("preprocess.interpolation", self.interpolation, ("bicubic_antialias", "lanczos"))
+            if self.long_side_limit is not None:
+                raise ValueError("preprocess.gray 'pil_l_first' takes no long_side_limit")
 
 
 @dataclass(frozen=True)

@@ -117,12 +117,12 @@ def read_image(path: Path) -> Image:
         raise UserError(f"{path} cannot be decoded ({error.err}): convert it to PNG or JPEG.") from error
     if image is None:
         raise UserError(f"{path} is no image that OpenCV can read, or it is damaged: convert it to PNG or JPEG.")
+    if image.ndim == 3:  # without alpha, which is no pixel to be stretched by
+        image = image[..., 0] if image.shape[2] < 3 else np.ascontiguousarray(image[..., 2::-1])
     if image.dtype.kind == "f" and not np.isfinite(image).all():
         raise UserError(f"{path} has pixels that are not finite (NaN or infinity): replace them before matching.")
     if image.dtype != np.uint8:
         image = stretch_to_8_bits(image, Stretch())
-    if image.ndim == 3:
-        image = image[..., 0] if image.shape[2] < 3 else np.ascontiguousarray(image[..., 2::-1])
     return np.asarray(image)
 
 

@@ -55,10 +55,15 @@ def content_size(height: int, width: int, preprocess: Preprocess, spec: InputSpe
     if preprocess.resize == "fit_down":
         factor = min(factor, 1.0)
     if preprocess.resize == "fit_stretch":
-        step = preprocess.divisor
-        return max(int(height * factor) // step * step, spec.min[0]), max(
-            int(width * factor) // step * step, spec.min[1]
-        )
+        # Rounded, then cut, as LoFTR and its successors do: the product of 720 and 832 / 720 is below 832.
+        step, sides = preprocess.divisor, (round(height * factor), round(width * factor))
+        return max(sides[0] // step * step, spec.min[0]), max(sides[1] // step * step, spec.min[1])
+    return max(round(height * factor), 1), max(round(width * factor), 1)
+
+
+def limited(height: int, width: int, limit: int) -> tuple[int, int]:
+    """(height, width) of an image reduced to the long side `limit`."""
+    factor = limit / max(height, width)
     return max(round(height * factor), 1), max(round(width * factor), 1)
 
 
@@ -96,8 +101,7 @@ def prepare(image: Image, preprocess: Preprocess, spec: InputSpec) -> tuple[Floa
         pixels = _pil_l(pixels)
     limit = preprocess.long_side_limit
     if limit is not None and max(height, width) > limit:
-        factor = limit / max(height, width)
-        pixels = resize(pixels, round(height * factor), round(width * factor), "area")
+        pixels = resize(pixels, *limited(height, width, limit), "area")
     if eight_bits:
         pixels = _rounded(resize(pixels, pixels.shape[0], content[1], preprocess.interpolation))
         pixels = _rounded(resize(pixels, content[0], content[1], preprocess.interpolation))

@@ -130,6 +130,10 @@ def test_pixels_of_every_kind_of_file(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "gray.png"), rgb[..., 0])
     cv2.imwrite(str(tmp_path / "deep.png"), deep)
     cv2.imwrite(str(tmp_path / "depth.tiff"), depth)
+    deep_rgb = rng.integers(20_000, 21_000, (12, 16, 3), np.uint16)
+    for name, opaque in (("deep_rgb.png", ()), ("deep_rgba.png", (np.full((12, 16), 65535, np.uint16),))):
+        cv2.imwrite(str(tmp_path / name), np.dstack([deep_rgb, *opaque]))
+    np.testing.assert_array_equal(read_image(tmp_path / "deep_rgba.png"), read_image(tmp_path / "deep_rgb.png"))
     np.testing.assert_array_equal(read_image(tmp_path / "rgb.png"), rgb)
     np.testing.assert_array_equal(read_image(tmp_path / "rgba.png"), rgb)
     np.testing.assert_array_equal(read_image(tmp_path / "gray.png"), rgb[..., 0])
@@ -149,9 +153,10 @@ def test_a_result_folder_is_complete_or_as_it_was(tmp_path: Path) -> None:
     (out / "mine").write_text("keep")
     assert (out / "a").read_text() == "1" and sorted(os.listdir(tmp_path)) == ["out"]
     with new_folder(out) as folder:
+        assert folder.parent == out  # it may be a volume of its own, whose parent is another or cannot be written
         (folder / "a").write_text("3")
     assert (out / "a").read_text() == "3" and (out / "mine").read_text() == "keep"
-    assert sorted(os.listdir(tmp_path)) == ["out"]
+    assert sorted(os.listdir(tmp_path)) == ["out"] and sorted(os.listdir(out)) == ["a", "mine"]
 
 
 @pytest.mark.parametrize(

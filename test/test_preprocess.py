@@ -32,6 +32,21 @@ def test_dynamic_sizes_stay_in_the_range_and_keep_the_aspect(height: int, width:
     assert abs(content[1] - width * factor) <= 0.5 + 1 or content[1] == 1
 
 
+@given(st.integers(300, 4000), st.integers(300, 4000))
+def test_fit_stretch_is_what_loftr_and_its_successors_do(height: int, width: int) -> None:
+    """get_resized_wh and get_divisible_wh of their datasets, written down once more: rounded, then cut to the step."""
+    spec = InputSpec("image0", 0, (32, 32), (480, 832), (832, 832))
+    scale = 832 / max(height, width)
+    wanted = tuple(max(round(side * scale) // 32 * 32, 32) for side in (height, width))
+    assert content_size(height, width, Preprocess(resize="fit_stretch", divisor=32), spec) == wanted
+    assert max(wanted) == 832
+
+
+def test_an_image_of_extreme_shape_is_not_reduced_to_nothing() -> None:
+    array, _ = prepare(np.zeros((2, 3400), np.uint8), Preprocess(channels="gray", long_side_limit=832), FIXED)
+    assert array.shape[2:] == FIXED.opt
+
+
 @pytest.mark.parametrize("policy", ["stretch", "fit", "fit_down"])
 @pytest.mark.parametrize("shape", [(375, 1242), (1080, 1920), (100, 80), (480, 640)])
 def test_a_point_comes_back_where_it_was(policy: str, shape: tuple[int, int]) -> None:
