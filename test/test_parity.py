@@ -102,7 +102,8 @@ def dense(shift: float = 0.0, half: int = 0) -> dict[str, np.ndarray]:
 def test_a_dense_warp_decides_where_there_is_one(half: int) -> None:
     thin = {name: x[..., ::4, ::4].astype(np.float16) for name, x in dense().items()}
     result = {**golden(), **thin}
-    other = changed(keypoints0=golden()["keypoints0"] + 50)  # other matches of the same warp
+    moved = np.where(np.arange(COUNT)[:, None] % 5 < 2, 50, 0).astype(np.float32)
+    other = changed(keypoints0=golden()["keypoints0"] + moved)  # two in five are other matches of the same warp
     same = compare(result, {**other, **dense()}, 0.1, "fp16")
     assert same.passed and same.warp_px is not None and same.warp_px < 0.05
     right, wrong = sorted(warp_distances(result, dense(3.0, half)), key=np.mean)
@@ -110,6 +111,11 @@ def test_a_dense_warp_decides_where_there_is_one(half: int) -> None:
     np.testing.assert_allclose(wrong, 3, atol=0.05)
     off = compare(result, {**other, **dense(3.0, half)}, 0.1, "fp16")
     assert not off.passed and off.warp_px == pytest.approx(3, abs=0.05)  # the worse direction, not both together
+    none, swapped = changed(scores=np.zeros(COUNT, np.float32)), golden()
+    swapped["keypoints0"], swapped["keypoints1"] = swapped["keypoints1"], swapped["keypoints0"]
+    for matches, certainty in ((none, 1.0), (swapped, 1.0), (other, 0.0), (other, np.nan)):
+        cert = np.full((1, 1, 64, 192), certainty, np.float32)
+        assert not compare(result, {**matches, **dense(), "cert": cert}, 0.1, "fp16").passed
     nowhere = {**thin, "cert": np.full_like(thin["cert"], 0.4)}
     assert warp_distances(nowhere, dense()) == []
 

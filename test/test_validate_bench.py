@@ -152,6 +152,10 @@ def test_deviation() -> None:
     summary = summarise([gone])
     assert summary["mean_px"] < 0.1 and any("within 1 px" in problem for problem in judge(summary, LIMITS["fp16"]))
 
+    only = {name: x[:1] for name, x in arrays(keypoints, scores).items()}
+    lost = summarise([compare(only, {**only, "keypoints1": only["keypoints1"] + 9}, 0.2)])
+    assert any("within 1 px" in problem for problem in judge(lost, LIMITS["fp16"]))  # the only one must be there
+
     assert summarise([Deviation(0, 0, np.zeros(0, np.float32), np.zeros((0, 2), np.float32))])["mean_px"] is None
 
 
@@ -169,6 +173,14 @@ def test_deviation_of_a_dense_warp() -> None:
     assert summary["warp_mean_px"] == pytest.approx(5 / 60) and summary["warp_within_1_px"] == pytest.approx(59 / 60)
     assert judge(summary, LIMITS["fp16"]) == ["only 98.3% of the certain warp is within 1 px (limit 99%)"]
     assert not judge(summary, GOLDEN_LIMITS["fp16"])
+    one_wrong = compare({**matches, "warp": warp, "cert": cert}, {**matches, "warp": warp, "cert": cert * 0.8}, 0.1)
+    assert judge(summarise([one_wrong]), LIMITS["fp16"]) == ["the certainty is 0.200 off (limit 0.1)"]
+    half = warp.copy()
+    half[..., 100:] = np.nan
+    not_a_number = summarise(
+        [compare({**matches, "warp": warp, "cert": cert}, {**matches, "warp": half, "cert": cert}, 0.1)]
+    )
+    assert judge(not_a_number, GOLDEN_LIMITS["fp16"]) == ["not all values are finite (1 image pairs)"]
     other[0, 0, :, 100:] = 2 * 0.7 / 100
     moved = summarise([compare({**matches, "warp": warp, "cert": cert}, {**matches, "warp": other, "cert": cert}, 0.1)])
     assert judge(moved, GOLDEN_LIMITS["fp16"]) == ["the warp is 0.700 px off where it is certain (limit 0.5)"]

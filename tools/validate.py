@@ -187,6 +187,8 @@ def table(report: dict[str, Any]) -> str:
         "warp_mean_px": "{:.4f}",
         "warp_median_px": "{:.4f}",
         "warp_within_1_px": "{:.2%}",
+        "certainty_difference": "{:.4f}",
+        "not_finite": "{:d}",
     }
     for key, pattern in rows.items():
         values = [column[key] for column in columns.values()]

@@ -24,22 +24,24 @@ RADIUS_PX = 1.0  # a match is found again if both of its ends are this near
 # threshold, and keypoints at the end of a top-K, come and go with rounding: in fp16 one in five was allowed for.
 LEAST_FOUND = {"fp32": 0.95, "fp16": 0.80}
 MOST_MEDIAN_PX = {"fp32": 0.1, "fp16": 0.3}
+LEAST_FOUND_DENSE = 0.5  # the pixels of a warp that become matches: many are as good, but not entirely others
 MOST_WARP_PX = {"fp32": 0.5, "fp16": 1.0}  # see Parity; the golden warp is stored in fp16
+MOST_CERTAINTY = 0.1
 CERTAIN = 0.5  # certainty of a dense warp above which it must be right
 
 
 @dataclass(frozen=True)
 class Parity:
     """The comparison with the golden result. found: share of golden matches found again; real: share of the engine's
-    matches that are golden ones; median_px: of the distances; warp_px: median difference of a dense warp where it is
-    certain, in the worse direction."""
+    matches that are golden ones; median_px: of the distances of these; warp_px: median difference of a dense warp where
+    it is certain, in the worse direction."""
 
     passed: bool
     expected: int
     matches: int
     found: float
     real: float
-    median_px: float
+    median_px: float | None
     warp_px: float | None
     summary: str
 
@@ -89,27 +91,36 @@ def load_golden(bundle: Bundle) -> dict[str, npt.NDArray[Any]]:
 def compare(golden: Arrays, outputs: Arrays, score_threshold: float, precision: str) -> Parity:
     """Compare the outputs of a network with the golden ones; both as networks give them (pixels of their input)."""
     wanted, given = (matches_above(arrays, score_threshold)[0] for arrays in (golden, outputs))
-    finite = all(np.isfinite(np.asarray(outputs[name], np.float32)).all() for name in outputs)
     to_given, to_wanted = nearest(wanted, given)[1], nearest(given, wanted)[1]
     found, real = _share(to_given), _share(to_wanted)
     near = to_given[to_given <= RADIUS_PX]
-    median = float(np.median(near)) if len(near) else float("inf") if len(wanted) else 0.0
+    median = float(np.median(near)) if len(near) else None
     distances = warp_distances(golden, outputs)
     warp = max((float(np.median(x)) for x in distances), default=None)
-    least = LEAST_FOUND[precision]
-    if not finite:
-        problem = "not all values are finite"
-    elif warp is not None:
-        # Dense networks choose their matches among thousands of equally certain ones: the warp is what must agree.
-        problem = "" if warp <= MOST_WARP_PX[precision] else f"the warp is {warp:.2f} px off"
+    # Dense networks choose their matches among thousands of equally certain ones: the warp is what must agree.
+    least = LEAST_FOUND[precision] if warp is None else LEAST_FOUND_DENSE
+    summary = f"{found:.0%} of {len(wanted)} matches found again"
+    passed = False
+    if not all_finite(outputs):
+        summary = "not all values are finite"
+    elif warp is not None and warp > MOST_WARP_PX[precision]:
+        summary = f"the warp is {warp:.2f} px off"
+    elif warp is not None and (off := certainty_difference(golden, outputs)) > MOST_CERTAINTY:
+        summary = f"the certainty is {off:.2f} off"
     elif _missing(to_given, least) or _missing(to_wanted, least):
-        problem = f"{found:.0%} of {len(wanted)} matches found again, {real:.0%} of {len(given)} are right"
-    elif median > MOST_MEDIAN_PX[precision]:
-        problem = f"matches are {median:.2f} px off"
+        summary += f", {real:.0%} of {len(given)} are right"
+    elif warp is None and median is not None and median > MOST_MEDIAN_PX[precision]:
+        summary = f"matches are {median:.2f} px off"
     else:
-        problem = ""
-    summary = problem or f"{found:.0%} of {len(wanted)} matches found again, median {median:.3f} px"
-    return Parity(not problem, len(wanted), len(given), found, real, median, warp, summary)
+        passed = True
+        summary += "" if median is None else f", median {median:.3f} px"
+        summary += "" if warp is None else f"; the warp is {warp:.3f} px off"
+    return Parity(passed, len(wanted), len(given), found, real, median, warp, summary)
+
+
+def all_finite(outputs: Arrays) -> bool:
+    """Whether no output of a network has a NaN or an infinity."""
+    return all(bool(np.isfinite(np.asarray(value, np.float32)).all()) for value in outputs.values())
 
 
 def matches_above(arrays: Arrays, threshold: float) -> tuple[Float, Float]:
@@ -144,7 +155,7 @@ def warp_distances(wanted: Arrays, given: Arrays, certain: float = CERTAIN) -> l
     if "warp" not in wanted or "warp" not in given:
         return []
     height, width = given["warp"].shape[2], given["warp"].shape[3] // 2
-    step = -(-height // wanted["warp"].shape[2])
+    step = _step(wanted, given)
     difference = np.asarray(given["warp"][0, :, ::step, ::step], np.float32) - np.asarray(wanted["warp"][0], np.float32)
     x0, y0, x1, y1 = difference * np.array([width, height] * 2, np.float32)[:, None, None] / 2
     sure = np.asarray(wanted["cert"], np.float32)[0, 0] > certain
@@ -152,6 +163,17 @@ def warp_distances(wanted: Arrays, given: Arrays, certain: float = CERTAIN) -> l
     left, right = np.hypot(x1, y1)[:, :border], np.hypot(x0, y0)[:, border:]
     directions = (left[sure[:, :border]], right[sure[:, border:]])
     return [np.asarray(x, np.float32) for x in directions if len(x)]
+
+
+def certainty_difference(wanted: Arrays, given: Arrays, certain: float = CERTAIN) -> float:
+    """Median difference of the certainties where the first is above `certain` (it may be thinned out); 0 if nowhere."""
+    step, sure = _step(wanted, given), np.asarray(wanted["cert"], np.float32)
+    difference = np.abs(np.asarray(given["cert"][..., ::step, ::step], np.float32) - sure)[sure > certain]
+    return float(np.median(difference)) if len(difference) else 0.0
+
+
+def _step(wanted: Arrays, given: Arrays) -> int:
+    return -(-given["warp"].shape[2] // wanted["warp"].shape[2])
 
 
 def _missing(distances: Float, least: float) -> bool:
