@@ -75,7 +75,7 @@ class Matcher:
         Raises UserError for images that cannot be matched (empty, not finite, of another type), and for dense=True
         with a network that has no dense output. No match at all is an answer: Matches of length 0.
         """
-        manifest = self.bundle.manifest
+        manifest = self.engine.bundle.manifest
         if dense and not manifest.dense:
             raise UserError(f"The bundle {manifest.name} has no dense output: use a RoMa bundle.")
         check_image(image0, "image 0")
@@ -85,12 +85,14 @@ class Matcher:
         ran = time.perf_counter()
         scores = outputs["scores"]
         # Best first, so that the rows to keep are a prefix; 0 marks padding whatever the threshold.
-        keep = np.flatnonzero((scores > 0) & (scores >= self.score_threshold))[: self.max_matches]
+        keep = np.flatnonzero((scores > 0) & (scores >= self.score_threshold))
         keypoints0 = back["image0"](outputs["keypoints0"][keep])
         keypoints1 = back["image1"](outputs["keypoints1"][keep])
         if _pads(manifest):  # padding matches padding, beautifully
             inside = _inside(keypoints0, image0) & _inside(keypoints1, image1)
             keep, keypoints0, keypoints1 = keep[inside], keypoints0[inside], keypoints1[inside]
+        most = self.max_matches
+        keep, keypoints0, keypoints1 = keep[:most], keypoints0[:most], keypoints1[:most]
         done = time.perf_counter()
         return Matches(
             keypoints0=keypoints0,
@@ -114,8 +116,9 @@ class Matcher:
         start = time.perf_counter()
         inputs: dict[str, Float] = {}
         back: dict[str, ToOriginal] = {}
-        for spec in self.bundle.manifest.inputs:
-            inputs[spec.name], back[spec.name] = prepare(images[spec.image], self.bundle.manifest.preprocess, spec)
+        manifest = self.engine.bundle.manifest  # a plan may take fewer sizes than the bundle
+        for spec in manifest.inputs:
+            inputs[spec.name], back[spec.name] = prepare(images[spec.image], manifest.preprocess, spec)
         preprocess_ms = 1e3 * (time.perf_counter() - start)
         return self.engine.run(inputs), back, preprocess_ms
 

@@ -15,14 +15,14 @@ from matchanything_ros.engines.tensorrt import TensorRTEngine
 
 
 class Machine:
-    """A machine with the doubles in it, and a bundle with a plan."""
+    """A machine with the doubles in it, and a bundle with a plan, for images up to `most` if it is dynamic."""
 
-    def __init__(self, folder: Path, dynamic: bool = False, **settings: Any) -> None:
+    def __init__(self, folder: Path, dynamic: bool = False, most: tuple[int, int] = LARGEST, **settings: Any) -> None:
         self.cuda = PycudaDouble()
         self.trt = TensorRTDouble(self._enqueue, self.cuda.check)
         self.bundle = write_bundle(folder, dynamic=dynamic, **settings)
         channels = 1 if settings.get("channels") == "gray" else 3
-        sizes = (SMALLEST, SIZE, LARGEST) if dynamic else (SIZE, SIZE, SIZE)
+        sizes = (SMALLEST, SIZE, most) if dynamic else (SIZE, SIZE, SIZE)
         shapes = tuple((1, channels, *size) for size in sizes)
         self.plan = folder / "tiny.gpu.plan"
         outputs = {"keypoints0": (MATCHES, 2), "keypoints1": (MATCHES, 2), "scores": (MATCHES,)}

@@ -89,6 +89,7 @@ def test_parser_error_names_node_operator_and_remedy(tmp_path: Path, operator: s
         (["--target", "sm_86", "--max", "50x64"], r"multiples of 16"),
         (["--target", "sm_86", "--max", "512x640"], r"between 32x32 and 96x128"),
         (["--target", "sm_86", "--min", "64x64"], r"min <= opt <= max"),
+        (["--target", "sm_86", "--max", "48x48"], r"--max 48x48 is below 48x64, the size that images are brought to"),
     ],
 )
 def test_impossible_wishes_are_one_sentence(

@@ -27,6 +27,8 @@ def test_a_dynamic_input_is_padded_too(tmp_path: Path) -> None:
         image = rng.integers(0, 256, (height, width), np.uint8)
         with Matcher("kestrel", backend="onnxruntime-cpu", score_threshold=0.0) as matcher:
             matches = matcher.match(image, image)
+            matcher.max_matches = len(matches) - 1  # of those that lie on the images, not of all
+            assert len(matcher.match(image, image)) == len(matches) - 1
         assert len(matches) > 10
         for keypoints in (matches.keypoints0, matches.keypoints1):
             assert np.all(keypoints >= -0.5) and np.all(keypoints <= np.array([width, height]) - 0.5)

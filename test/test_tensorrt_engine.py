@@ -13,6 +13,7 @@ from tiny_bundle import LARGEST, MATCHES, SIZE, SMALLEST
 
 from matchanything_ros.engines.parity import check_parity
 from matchanything_ros.errors import UserError
+from matchanything_ros.matcher import Matcher
 from matchanything_ros.preprocess import prepare
 
 pytestmark = pytest.mark.usefixtures("nothing_wrong_in_threads")
@@ -64,6 +65,22 @@ def test_dynamic_sizes_within_the_profile_without_new_memory(tmp_path: Path) -> 
         engine.run(inputs_of((112, 128)))
     assert_same(engine.run(inputs), inputs)  # a refused frame costs nothing
     engine.close()
+
+
+def test_images_are_brought_to_what_a_narrower_plan_takes(tmp_path: Path) -> None:
+    """A plan for landscape images gets upright ones as well, smaller, where the bundle alone would make them larger."""
+    machine = Machine(tmp_path, dynamic=True, most=SIZE)
+    upright = np.random.Generator(np.random.PCG64(1)).integers(0, 256, (80, 60, 3), np.uint8)
+    with Matcher(machine.bundle, "onnxruntime-cpu") as matcher:
+        engine = machine.open()
+        matcher.engine, wide = engine, matcher.engine
+        assert matcher.bundle.manifest.input("image0").max == LARGEST and check_parity(engine).passed
+        as_float = upright.astype(np.float32) / np.float32(255)
+        here, there = matcher.match(upright, upright), matcher.match(as_float, as_float)  # prepared on the GPU, the CPU
+        assert len(here) == len(there) > 3
+        np.testing.assert_allclose(here.keypoints1, there.keypoints1, atol=1e-2)
+        engine.close()
+        wide.close()
 
 
 def test_called_from_many_threads(machine: Machine) -> None:

@@ -99,9 +99,17 @@ def test_bench(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "--against needs --weights" in capsys.readouterr().err
 
 
-def test_bench_of_a_wrong_result_says_so(moved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(f"bench {moved} --runs 1 --warm-up 0 --out {tmp_path / 'bench.json'}".split()) == 0
-    assert "not the golden result: small onnxruntime-cpu: matches are 0.42 px off" in capsys.readouterr().out
+def test_bench_of_two_files_of_one_name(
+    bundle: Path, moved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is compared with itself, and told apart by its folder; the one with a wrong result says so."""
+    out = tmp_path / "bench.json"
+    assert main(f"bench {bundle} {moved} --runs 1 --warm-up 0 --out {out}".split()) == 0
+    one, other = json.loads(out.read_text())["results"]
+    assert one["speedup"] == other["speedup"] == {"network": 1.0, "total": 1.0}
+    assert [entry["name"].split("/")[0] for entry in (one, other)] == [bundle.parent.name, moved.parent.name]
+    printed = capsys.readouterr().out
+    assert f"not the golden result: {moved.parent.name}/small onnxruntime-cpu: matches are 0.42 px off" in printed
 
 
 def test_inspect(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,10 +69,12 @@ def run(args: argparse.Namespace) -> int:
     finally:
         for contender in contenders:
             contender.close()
+    for contender in contenders:  # old/net.onnx beside new/net.onnx
+        if any(b.onnx.stem == contender.bundle.onnx.stem and b.onnx != contender.bundle.onnx for b in bundles):
+            contender.name = f"{contender.bundle.onnx.absolute().parent.name}/{contender.name}"
     report["machine_after"] = {"gpu": machine.gpu()}
-    first = {bundle.onnx: next(c.name for c in contenders if c.bundle is bundle) for bundle in bundles}
     for index, contender in enumerate(contenders):
-        base = times[[c.name for c in contenders].index(first[contender.bundle.onnx])]
+        base = next(time for time, other in zip(times, contenders, strict=True) if other.bundle is contender.bundle)
         entry = result(contender, times[index], base)
         report["results"].append({**entry, "golden": parities[index].as_dict()})
     print(table(report))

@@ -78,7 +78,12 @@ def narrowed(bundle: Bundle, least: Size | None, best: Size | None, most: Size |
     for spec in manifest.inputs:
         if spec.fixed:
             continue
-        sizes = (least or spec.min, best or most or spec.opt, most or spec.max)
+        if most is not None and any(high < opt for high, opt in zip(most, spec.opt, strict=True)):
+            raise UserError(
+                f"--max {_size(most)} is below {_size(spec.opt)}, the size that images are brought to: give at least "
+                "that, or export the bundle for smaller images."
+            )
+        sizes = (least or spec.min, best or spec.opt, most or spec.max)
         for low, middle, high, first, last in zip(*sizes, spec.min, spec.max, strict=True):
             if not first <= low <= middle <= high <= last:
                 raise UserError(

@@ -41,8 +41,8 @@ class BundleContender:
     """A bundle in a backend."""
 
     def __init__(self, bundle: Bundle, backend: str) -> None:
-        self.bundle = bundle
         self._engine = open_engine(bundle, backend)
+        self.bundle = self._engine.bundle  # a plan may take fewer sizes
         self.name = f"{bundle.onnx.stem} {self._engine.backend}"
 
     def run(self, inputs: Inputs) -> tuple[Inputs, Times]:

@@ -123,7 +123,7 @@ class TensorRTEngine:
         trt, engine = self._flavour.trt, self._engine
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-        manifest = self.bundle.manifest
+        manifest, sizes = self.bundle.manifest, []
         if set(inputs) != {spec.name for spec in manifest.inputs} or not set(manifest.outputs) <= set(names):
             raise UserError(f"{self.plan.name} has other inputs or outputs than its bundle: run '{self._again}'.")
         for name in names:
@@ -131,9 +131,14 @@ class TensorRTEngine:
                 raise UserError(f"{self.plan.name} has an input or output '{name}' that is not float32: export again.")
         for name in inputs:
             shape = tuple(engine.get_tensor_shape(name))
-            largest = tuple(engine.get_tensor_profile_shape(name, 0)[2]) if -1 in shape else shape
+            profile = engine.get_tensor_profile_shape(name, 0) if -1 in shape else (shape, shape, shape)
+            least, _, largest = (tuple(entry) for entry in profile)
             self._inputs[name] = self._tensor(name, largest)
             self._set_shape(self._inputs[name], largest)
+            spec = manifest.input(name)
+            sizes.append(dataclasses.replace(spec, min=least[2:], max=largest[2:]))
+        # Images are brought to sizes that the plan takes, which may be fewer than the bundle's.
+        self.bundle = dataclasses.replace(self.bundle, manifest=dataclasses.replace(manifest, inputs=tuple(sizes)))
         for name in names:
             if name not in inputs:
                 largest = tuple(self._context.get_tensor_shape(name))
