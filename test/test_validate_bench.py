@@ -112,7 +112,9 @@ def test_bench_of_two_files_of_one_name(
     assert f"not the golden result: {moved.parent.name}/small onnxruntime-cpu: matches are 0.42 px off" in printed
 
 
-def test_inspect(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["inspect", str(WEIGHTS)]) == 0
     text = capsys.readouterr().out
     assert "ALIKED t16" in text and sha256_of(WEIGHTS) in text and "float32" in text
@@ -128,8 +130,15 @@ def test_inspect(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     plan.write_bytes(b"other")
     assert main(["inspect", str(plan)]) == 0
     assert "build again" in capsys.readouterr().out
+    plan.with_name("small.gpu.plan.json").write_text("[1]")
+    assert main(["inspect", str(plan)]) == 1
+    assert "no readable manifest" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "nothing.ckpt")]) == 1
     assert "does not exist" in capsys.readouterr().err
+    (tmp_path / "kestrel").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", "kestrel"]) == 0  # the packaged one, as everywhere
+    assert "kestrel.onnx" in capsys.readouterr().out
 
 
 def arrays(keypoints: np.ndarray, scores: np.ndarray) -> dict[str, np.ndarray]:

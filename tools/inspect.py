@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from matchanything_ros.bundle import BUNDLES, Bundle, InputSpec, load_bundle, sha256_of
+from matchanything_ros.engines.plan import find_plans
 from matchanything_ros.errors import UserError
 
 
@@ -25,7 +26,8 @@ def run(args: argparse.Namespace) -> int:
     if not path.is_file() and not packaged:
         raise UserError(f"{path} does not exist: name a checkpoint, a bundle (.onnx) or a plan (.plan).")
     if packaged or (path.suffix in (".onnx", ".json") and not path.name.endswith(".plan.json")):
-        lines = describe_bundle(load_bundle(path))
+        # A packaged name wins over a file or folder of that name here, as with the other commands.
+        lines = describe_bundle(load_bundle(BUNDLES / f"{path.name}.onnx" if packaged else path))
     elif path.suffix == ".plan" or path.name.endswith(".plan.json"):
         lines = describe_plan(path)
     else:
@@ -81,8 +83,7 @@ def describe_bundle(bundle: Bundle) -> list[tuple[str, str]]:
         ("command", str(manifest.exporter.get("command") or "not recorded")),
         ("golden", "there" if bundle.golden.is_file() else "missing"),
     ]
-    plans = sorted(bundle.onnx.parent.glob(f"{bundle.onnx.stem}.*.plan"))
-    return lines + [("plan", plan.name) for plan in plans]
+    return lines + [("plan", plan.name) for plan in find_plans(bundle)]
 
 
 def describe_plan(path: Path) -> list[tuple[str, str]]:
@@ -91,6 +92,8 @@ def describe_plan(path: Path) -> list[tuple[str, str]]:
     manifest = plan.with_name(plan.name + ".json")
     try:
         raw = json.loads(manifest.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError("not an object")
     except (OSError, ValueError) as error:
         raise UserError(
             f"{plan} has no readable manifest {manifest.name}: build it with 'matchanything build'."
