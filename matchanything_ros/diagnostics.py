@@ -17,6 +17,7 @@ from matchanything_ros.pairing import Drop, Pairing
 from matchanything_ros.worker import Worker
 
 WINDOW = 200  # pairs over which percentiles are taken
+SPAN = 5.0  # seconds over which rates are taken, and without an image after which a camera is silent: some are slow
 
 
 class Statistics:
@@ -27,7 +28,7 @@ class Statistics:
         self._stages: dict[str, deque[float]] = {}
         self._outcomes: Counter[str] = Counter()
         self._failure = ""
-        self._before: tuple[float, tuple[int, ...]] | None = None
+        self._looks: deque[tuple[float, tuple[int, ...]]] = deque()
 
     def record(self, timings_ms: Mapping[str, float], status: Status, failure: str = "") -> None:
         """Add a pair: milliseconds by stage, its status, and the sentence that says why it could not be matched."""
@@ -56,14 +57,22 @@ class Statistics:
                 for stage, values in self._stages.items()
             }
 
-    def rates(self, now: float, received: list[int]) -> tuple[float, float, float] | None:
-        """Images of camera 0 and 1, and pairs answered, per second since the last call; None on the first one."""
-        counts = (*received, self.published)
-        before, self._before = self._before, (now, counts)
-        if before is None or now <= before[0]:
-            return None
-        first, second, third = ((count - old) / (now - before[0]) for count, old in zip(counts, before[1], strict=True))
-        return first, second, third
+    def rates(self, now: float, received: list[int]) -> tuple[float, ...]:
+        """Images of camera 0 and 1, and pairs answered, per second over the last SPAN seconds, or since the first look
+        if that was later; and how many seconds that is. To be called again and again, about every second."""
+        self._looks.append((now, (*received, self.published)))
+        while len(self._looks) > 2 and now - self._looks[1][0] >= SPAN:
+            self._looks.popleft()
+        then, before = self._looks[0]
+        seconds = now - then
+        counts = self._looks[-1][1]
+        return (*((count - old) / max(seconds, 1e-9) for count, old in zip(counts, before, strict=True)), seconds)
+
+    def start_over(self) -> None:
+        """Forget the rates and the last failure: what comes next is another stretch of time."""
+        self._looks.clear()
+        with self._lock:
+            self._failure = ""
 
     def values(self, pairing: Pairing) -> dict[str, str]:
         """All counters as the key-value pairs of a diagnostic status."""
@@ -113,21 +122,29 @@ def describe(
         values |= {"backend": worker.matcher.engine.backend}
         with worker.lock:
             values |= statistics.values(worker.pairing)
-            rates = statistics.rates(time.monotonic(), worker.pairing.received)
+            received = list(worker.pairing.received)
             idle = worker.pairing.paired == statistics.published  # a slow network is no lack of pairs
-        if inputs is not None and rates is not None:
+        if inputs is None:
+            statistics.start_over()
+        else:
+            *rates, seconds = statistics.rates(time.monotonic(), received)
             for name, rate in zip(("image0", "image1", "pairs"), rates, strict=True):
                 values[f"{name} rate [Hz]"] = f"{rate:.2f}"
             values |= {f"image{camera} lost on the way": str(inputs.lost[camera]) for camera in (0, 1)}
-            sentence = f"{rates[2]:.1f} pairs a second"
+            sentence = f"{rates[2]:.1f} pairs a second" if seconds else sentence
             silent = [inputs.silence(camera) for camera in (0, 1) if rates[camera] == 0]
-            if silent or (rates[2] == 0 and idle):
+            if seconds >= SPAN and (silent or (rates[2] == 0 and idle)):
                 level = Level.WARN
-                sentence = " ".join(silent) or "Images come but none pair: compare their stamps with the tolerance."
+                sentence = " ".join(silent) or (
+                    "Images come but none pair: compare their stamps with the tolerance; "
+                    "if one camera's come much later than the other's, raise queue_size."
+                )
+            elif statistics.failure:  # of the last pair, while pairs come
+                level, sentence = Level.ERROR, statistics.failure
     if build is not None:
         values["TensorRT plan"] = build.status()
-        if build.failed:
+        if build.failed and level != Level.ERROR:
             level, sentence = Level.WARN, build.status()
-    if problem or statistics.failure:
-        level, sentence = Level.ERROR, problem or statistics.failure
+    if problem:
+        level, sentence = Level.ERROR, problem
     return Report(level, sentence, matcher, values)

@@ -55,6 +55,7 @@ ENCODINGS = {
     **{f"bayer_{name}16": Layout("u2", 1, code) for name, code in _BAYER.items()},
 }
 # Where cv_bridge gives the same arrays (a test compares). Not for 16 bits and floats: it keeps the high byte or wraps.
+# Nor for rows with padding: its Python code divides `step` by the size of a pixel, and shears the image with the rest.
 CV_BRIDGE = {"mono8": "mono8", "rgb8": "rgb8", "bgr8": "rgb8", "rgba8": "rgb8", "bgra8": "rgb8"}
 
 
@@ -117,7 +118,7 @@ def _raw(message: Any, stretch: Stretch) -> Array:
             f"The image message is broken: {width}x{height} {encoding} needs rows of at least {row} bytes, "
             f"and it has {len(data)} bytes in rows of {step}; check the camera driver."
         )
-    if encoding in CV_BRIDGE and (bridge := _cv_bridge()) is not None and len(data) == step * height:
+    if encoding in CV_BRIDGE and step == row and len(data) == step * height and (bridge := _cv_bridge()) is not None:
         return np.asarray(bridge.imgmsg_to_cv2(message, CV_BRIDGE[encoding]))
     # Rows are cut to their pixels by strides, without a copy: `step` need not be a multiple of the sample.
     strides = (step, layout.channels * samples.itemsize, samples.itemsize)

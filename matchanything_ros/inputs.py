@@ -90,6 +90,7 @@ class ImageInputs:
     def _subscribe(self, camera: int) -> Any:
         reliability = QoSReliabilityPolicy.RELIABLE if self._reliable[camera] else QoSReliabilityPolicy.BEST_EFFORT
         topic = self._names[camera]
+        self._misfit[camera] = ""  # whatever did not fit the subscription before
 
         def subscribe(events: Any) -> Any:
             return self._node.create_subscription(

@@ -59,14 +59,16 @@ def test_levels(clock: None) -> None:
         return describe("active", problem, worker, statistics, INPUTS, None)
 
     assert look().level == Level.OK  # rates need two looks
+    for _ in range(4):
+        assert look().level == Level.OK  # and silence some seconds
     assert look().sentence == "camera 0 is silent. camera 1 is silent."
     pairing.add(0, 10**9, None)
     report = look()
     assert (report.level, report.sentence) == (Level.WARN, "camera 1 is silent.")
-    assert report.values["image0 rate [Hz]"] == "1.00" and report.values["image1 lost on the way"] == "3"
+    assert report.values["image0 rate [Hz]"] == "0.20" and report.values["image1 lost on the way"] == "3"
     pairing.add(0, 2 * 10**9, None)
     pairing.add(1, 3 * 10**9, None)
-    assert "none pair" in look().sentence
+    assert "none pair" in look().sentence and "queue_size" in look().sentence
     for camera in (0, 1):
         pairing.add(camera, 4 * 10**9, None)
     assert pairing.take() is not None
@@ -76,3 +78,37 @@ def test_levels(clock: None) -> None:
     statistics.record({}, Status.OK)
     assert look("the bundle is missing").level == Level.ERROR
     assert look().values["state"] == "active"
+
+
+def test_a_slow_camera_is_not_silent(clock: None) -> None:
+    """Half an image a second, as a radar's or a map's."""
+    statistics, pairing = Statistics(), Pairing()
+    worker = stand_in(pairing)
+    for second in range(30):
+        if second % 2 == 0:
+            for camera in (0, 1):
+                pairing.add(camera, (second + 1) * 10**9, None)
+            while pairing.take() is not None:
+                statistics.record({}, Status.OK)
+        report = describe("active", "", worker, statistics, INPUTS, None)
+        assert report.level == Level.OK
+    assert 0.3 < float(report.values["image0 rate [Hz]"]) < 0.7 and "0." in report.sentence
+
+
+def test_an_old_failure_hides_nothing(clock: None) -> None:
+    statistics, pairing = Statistics(), Pairing()
+    worker = stand_in(pairing)
+
+    def look(inputs: Any = INPUTS) -> Any:
+        return describe("active" if inputs else "inactive", "", worker, statistics, inputs, None)
+
+    look()
+    for camera in (0, 1):
+        pairing.add(camera, 10**9, None)
+    assert pairing.take() is not None
+    statistics.record({}, Status.NOT_COMPUTED, "broken image")
+    assert (look().level, look().sentence) == (Level.ERROR, "broken image")
+    later = [look() for _ in range(6)][-1]
+    assert (later.level, later.sentence) == (Level.WARN, "camera 0 is silent. camera 1 is silent.")
+    assert (look(None).level, look(None).sentence) == (Level.OK, "inactive")
+    assert look().level == Level.OK  # active again: nothing is known yet

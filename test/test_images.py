@@ -205,3 +205,7 @@ def test_cv_bridge_is_used_where_it_is_right_and_nowhere_else(monkeypatch: pytes
     for encoding, layout in ENCODINGS.items():
         to_array(message(np.zeros((6, 8, layout.channels), layout.dtype), encoding))
     assert dict(calls) == CV_BRIDGE
+    calls.clear()
+    for padding in (1, 2, 6):  # 6 bytes are two pixels of rgb8: even those are not left to it
+        to_array(message(np.zeros((6, 8, 3), np.uint8), "rgb8", padding=padding))
+    assert calls == []
