@@ -78,6 +78,7 @@ def answer(
         return Answer(matches, estimate, timings, tuple(images))
     except Exception as error:
         sizes = [(getattr(m, "width", 0), getattr(m, "height", 0)) for m in (message0, message1)]
+        sizes[: len(images)] = [(image.shape[1], image.shape[0]) for image in images]
         matches, estimate = not_computed(sizes[0], sizes[1])
         if isinstance(error, UserError):
             return Answer(matches, estimate, timings, tuple(images), str(error))

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any
 
 NANOSECONDS = 1_000_000_000
+LATE_IN_A_ROW = 3  # networks reorder two images at most times, and then one that is not late follows
 
 
 class Drop(str, Enum):
@@ -40,6 +41,7 @@ class Pairing:
     tolerance_seconds: largest difference of the stamps of a pair. exact: only equal stamps pair.
     queue_size: images of one camera that wait for the other. jump_seconds: a stamp this much older than the one before
     it is not a late image but a clock that was set back (a bag that starts again): what the old time left is dropped.
+    So are several late images in a row, each newer than the one before (a bag shorter than that).
 
     An image pairs with the one nearest in time. Where the slower camera comes first, the nearest may still be on its
     way: then the pair waits for it, if the faster camera's recent rate promises one that is nearer. `take(wait=False)`
@@ -60,6 +62,7 @@ class Pairing:
         self._queue_size = queue_size
         self._queues: tuple[deque[tuple[int, Any]], deque[tuple[int, Any]]] = (deque(), deque())
         self._newest: list[int | None] = [None, None]
+        self._late: list[list[int]] = [[], []]  # stamps of the last images, if they all were late and in order
         self._intervals: tuple[deque[int], deque[int]] = (deque(maxlen=8), deque(maxlen=8))
         self._ready: Pair | None = None
         self.received = [0, 0]
@@ -83,12 +86,15 @@ class Pairing:
         self.received[camera] += 1
         newest = self._newest[camera]
         if newest is not None and stamp <= newest:
-            if newest - stamp < max(self._jump, 1):
+            late = self._late[camera]
+            self._late[camera] = late = [*(late if late and stamp > late[-1] else []), stamp]
+            if newest - stamp < max(self._jump, 1) and len(late) < LATE_IN_A_ROW:
                 self.dropped[camera][Drop.OUT_OF_ORDER] += 1
                 return
             self._set_back(camera, stamp)
         elif newest is not None:
             self._intervals[camera].append(stamp - newest)
+        self._late[camera] = []
         self._newest[camera] = stamp
         self._queues[camera].append((stamp, image))
         self._match(wait=True)
@@ -106,7 +112,7 @@ class Pairing:
     def clear(self) -> None:
         """Drop what waits and forget all stamps; the counters stay."""
         self._discard((None, None), Drop.CLEARED)
-        self._newest = [None, None]
+        self._newest, self._late = [None, None], [[], []]
 
     def _match(self, wait: bool) -> None:
         """Finish every pair that can be finished; drop the images that no image to come can pair with."""

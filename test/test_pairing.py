@@ -148,3 +148,21 @@ def test_clock_jumping_back_starts_over() -> None:
     assert pairing.clock_jumps == 1
     assert pairing.dropped[1] == {Drop.CLOCK_RESET: 1}
     assert sum(pairing.dropped[0].values()) == 2
+
+
+def test_a_short_recording_that_starts_again_and_again() -> None:
+    """0.8 seconds at 10 Hz: too short for a jump, but three late images in a row are no late images."""
+    pairing, answered = Pairing(), 0
+    for _ in range(10):
+        for stamp in range(8):
+            for camera in (0, 1):
+                pairing.add(camera, stamp * 100_000_000 + camera, None)
+            answered += pairing.take() is not None
+    assert answered == 8 + 9 * 6 and pairing.clock_jumps > 0
+
+
+def test_two_late_images_are_late() -> None:
+    pairing = Pairing()
+    for stamp in (10, 40, 20, 30, 50, 45, 60, 55, 70):  # hundredths of a second
+        pairing.add(0, stamp * 10_000_000, None)
+    assert pairing.clock_jumps == 0 and pairing.dropped[0][Drop.OUT_OF_ORDER] == 4

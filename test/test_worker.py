@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from trivial_bundle import write_trivial_bundle
@@ -77,6 +78,9 @@ def test_every_pair_has_an_answer(tmp_path: Path) -> None:
         bad = answer(matcher, picture(), picture("abc"))
         assert bad.estimate.status is Status.NOT_COMPUTED and bad.matches.size0 == (40, 32)
         assert bad.failure.startswith("image1: The image encoding 'abc'") and not bad.trace
+        png = cv2.imencode(".png", np.zeros((32, 40), np.uint8))[1].tobytes()  # a message without a size
+        half = answer(matcher, SimpleNamespace(format="png", data=png), SimpleNamespace(format="png", data=b"?"))
+        assert half.failure.startswith("image1: ") and (half.matches.size0, half.matches.size1) == ((40, 32), (0, 0))
         strict = answer(matcher, picture(), picture(), min_significance=1000.0)
         assert strict.estimate.status is Status.NOT_SIGNIFICANT
 
