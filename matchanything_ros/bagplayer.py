@@ -15,6 +15,7 @@ from matchanything_ros.errors import UserError
 from matchanything_ros.matcher import Matcher
 from matchanything_ros.pairing import Pair, Pairing
 from matchanything_ros.report import PairRecord
+from matchanything_ros.worker import PATIENCE
 
 NODE = "/match_node"
 PICTURES = 3  # of the best and of the worst pairs
@@ -55,7 +56,11 @@ class BagPlayer:
         """
         free = 0  # when the matcher is free again, on the recording's clock [ns]
         received = 0
-        for count, (connection, received, message) in enumerate(stream):
+        for count, (connection, now, message) in enumerate(stream):
+            late = received + round(PATIENCE * 1e9)  # then the node's worker waits no longer for a nearer partner
+            if 0 < received < late < now and (not live or free <= late):
+                free = self._serve(self.pairing.take(wait=False), late)
+            received = now
             self._start = received if self._start is None else self._start
             if live and free < received and self.pairing.ready:
                 free = self._serve(self.pairing.take(), free)

@@ -18,7 +18,7 @@ try:
     from rosbags.rosbag2 import StoragePlugin, Writer
     from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 except ImportError as error:
-    raise UserError("Reading bags needs rosbags: pip install 'matchanything_ros[replay]'.") from error
+    raise UserError("Reading bags needs rosbags: pip install rosbags.") from error
 
 PACKAGE = "matchanything_ros"
 CORRESPONDENCES = f"{PACKAGE}/msg/Correspondences"

@@ -117,7 +117,9 @@ def _terminate(number: int, frame: object) -> None:
 def _load(entry: Entry) -> Subcommand:
     package = entry.module.split(".")[0]
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"This needs the offline tools: pip install 'matchanything_ros[tools]' (no {package} here).")
+        raise UserError(
+            f"This needs the offline tools: pip install '.[tools]' in a clone of matchanything_ros (no {package} here)."
+        )
     try:
         return cast(Subcommand, importlib.import_module(entry.module))
     except ModuleNotFoundError as error:
@@ -125,7 +127,7 @@ def _load(entry: Entry) -> Subcommand:
         if missing in ("matchanything_ros", "matchanything_tools", ""):
             raise
         raise UserError(
-            f"This needs {missing}: pip install 'matchanything_ros[tools]' on the offline machine."
+            f"This needs {missing}: pip install '.[tools]' in a clone of matchanything_ros, on the offline machine."
         ) from error
 
 

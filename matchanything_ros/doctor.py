@@ -69,7 +69,7 @@ def system() -> list[Finding]:
         Finding("Python", f"{platform.python_version()} ({sys.executable})"),
     ]
     for name, module in (("numpy", "numpy"), ("OpenCV", "cv2")):
-        found.append(_module(name, module, "nothing works without it: pip install matchanything_ros"))
+        found.append(_module(name, module, "nothing works without it: pip install numpy opencv-python-headless"))
     return found
 
 
@@ -89,7 +89,7 @@ def ros() -> list[Finding]:
 
 def bags() -> list[Finding]:
     """What `matchanything replay` needs."""
-    return [_module("rosbags", "rosbags", "replay does not run: pip install 'matchanything_ros[replay]'", load=False)]
+    return [_module("rosbags", "rosbags", "replay does not run: pip install rosbags", load=False)]
 
 
 def onnx_runtime() -> list[Finding]:
@@ -129,16 +129,14 @@ def tensorrt() -> list[Finding]:
     found = [Finding(flavour.title.rsplit(" ", 1)[0], flavour.version) for flavour in usable]
     found += [Finding("unusable", sentence) for sentence in unusable]
     if not usable:
-        advice = (
-            "no plan can be built or run: it comes with JetPack; elsewhere pip install 'matchanything_ros[tensorrt]'"
-        )
+        advice = "no plan can be built or run: it comes with JetPack; elsewhere pip install '.[tensorrt]' in a clone"
         found.append(Finding("TensorRT", "none", advice))
     return found
 
 
 def offline_tools() -> list[Finding]:
     """What export, validate and bench need; never the robot."""
-    advice = "no checkpoint can be exported here: pip install 'matchanything_ros[tools]' (not needed on a robot)"
+    advice = "no checkpoint can be exported here: pip install '.[tools]' in a clone (not needed on a robot)"
     names = {"torch": "torch", "onnx": "onnx", "onnxscript": "onnxscript", "safetensors": "safetensors"}
     return [_module(name, module, advice, load=False) for name, module in names.items()]
 

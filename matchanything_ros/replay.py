@@ -54,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="largest difference of the stamps of a pair (default: 0.05)",
     )
+    parser.add_argument(
+        "--queue-size",
+        type=int,
+        metavar="N",
+        help="images of one camera that wait for the other's (default: 100, with --rate bag the node's 10)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
 
 
@@ -61,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
     check_matcher_arguments(args)
     if not 0 <= args.approximate_sync_tolerance < math.inf:
         raise UserError(f"--approximate-sync-tolerance is {args.approximate_sync_tolerance}: give seconds, 0 or more.")
-    topics = (args.image0, args.image1)
+    if args.queue_size is not None and args.queue_size < 1:
+        raise UserError(f"--queue-size is {args.queue_size}: give a positive number of images.")
+    topics, queue = (args.image0, args.image1), args.queue_size or {"max": 100, "bag": 10}[args.rate]
     with (
         open_bag(args.bag) as reader,
         new_folder(args.out) as folder,
@@ -71,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
             Matcher(args.bundle, args.backend, args.score_threshold, args.max_matches) as matcher,
             McapRecording(folder / "matches.mcap") as recording,
         ):
-            replay = BagPlayer(matcher, Pairing(args.approximate_sync_tolerance), recording, args.ransac_threshold)
+            pairing = Pairing(args.approximate_sync_tolerance, queue_size=queue)
+            replay = BagPlayer(matcher, pairing, recording, args.ransac_threshold)
             start = time.perf_counter()
             with Progress(sum(connection.msgcount for connection in connections), "replay") as progress:
                 stream = images(reader, connections, args.bag)

@@ -18,7 +18,7 @@ def main() -> int:
         what = "Our ROS messages are" if missing == "matchanything_ros.msg" else f"The Python package {missing} is"
         print(
             f"match_node: {what} not here. With a ROS 2 installation: build this package with colcon and source "
-            "install/setup.bash; without one, on x86-64: pip install 'matchanything_ros[ros]'.",
+            "install/setup.bash; without one, on x86-64: pip install '.[ros]' in a clone of matchanything_ros.",
             file=sys.stderr,
         )
         return 1

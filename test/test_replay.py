@@ -6,7 +6,10 @@ import csv
 import json
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,6 +25,7 @@ from matchanything_ros.cli import main
 from matchanything_ros.matcher import Matches
 from matchanything_ros.messages import read_correspondences, read_homography
 from matchanything_ros.pairing import Pairing
+from matchanything_ros.worker import Worker
 
 PAIRS = Path(__file__).parent / "data" / "pairs"
 MS = 1_000_000
@@ -128,24 +132,44 @@ class SlowMatcher:
         return self.inner.match(image0, image1)
 
 
+def stream(events: list[tuple[int, int]]) -> Iterator[Any]:
+    """(camera, stamp in nanoseconds), received when stamped."""
+    for camera, time_ns in events:
+        stamp = START + time_ns
+        header = SimpleNamespace(stamp=SimpleNamespace(sec=stamp // 10**9, nanosec=stamp % 10**9), frame_id="")
+        image = SimpleNamespace(
+            header=header, encoding="mono8", height=8, width=8, step=8, is_bigendian=0, data=bytes(64)
+        )
+        yield SimpleNamespace(topic=TOPICS[camera]), stamp, image
+
+
+def test_pairs_are_those_of_the_node(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two slow cameras, a large tolerance: the node's worker takes the pair that is there after a tenth of a second."""
+    events = [(0, 0), (0, 1000 * MS), (1, 1600 * MS), (0, 2000 * MS), (1, 2600 * MS), (0, 3000 * MS)]
+    live: list[tuple[int, int]] = []
+    with Matcher(bundle) as matcher:
+        answered = BagPlayer(matcher, Pairing(0.7), None, 3.0)  # type: ignore[arg-type]
+        monkeypatch.setattr(answered, "_record", lambda *args: None)
+        list(answered.play(stream(events), TOPICS, live=False))
+        worker = Worker(lambda: matcher, Pairing(0.7), lambda _, pair: live.append((pair.stamp0, pair.stamp1)))
+        before = 0
+        for camera, time_ns in events:
+            time.sleep((time_ns - before) * 0.5e-9 if time_ns - before > 300 * MS else 0)  # twice as fast
+            before = time_ns
+            worker.add(camera, START + time_ns, None)
+        time.sleep(0.4)
+        worker.stop()
+    assert [(record.stamp0, record.stamp1) for record in answered.records] == live
+    assert [(a - START, b - START) for a, b in live] == [(1000 * MS, 1600 * MS), (2000 * MS, 2600 * MS)]
+
+
 @pytest.mark.parametrize("live", [False, True])
 def test_bag_rate_drops_what_a_busy_node_drops(bundle: Path, live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """At 10 Hz and 0.25 s a pair: the pair at 0 s runs until 0.25 s, then the newest (0.2 s) until 0.5 s, and so on."""
     played = BagPlayer(SlowMatcher(bundle), Pairing(0.05), None, 3.0)  # type: ignore[arg-type]
     monkeypatch.setattr(played, "_record", lambda *args: None)
-    from types import SimpleNamespace
-
-    def stream():  # type: ignore[no-untyped-def]
-        for index in range(10):
-            for camera in (0, 1):
-                stamp = START + index * 100 * MS + camera * MS
-                header = SimpleNamespace(stamp=SimpleNamespace(sec=stamp // 10**9, nanosec=stamp % 10**9), frame_id="")
-                image = SimpleNamespace(
-                    header=header, encoding="mono8", height=8, width=8, step=8, is_bigendian=0, data=bytes(64)
-                )
-                yield SimpleNamespace(topic=TOPICS[camera]), stamp, image
-
-    assert list(played.play(stream(), TOPICS, live)) == list(range(1, 21))
+    events = [(camera, index * 100 * MS + camera * MS) for index in range(10) for camera in (0, 1)]
+    assert list(played.play(stream(events), TOPICS, live)) == list(range(1, 21))
     matched = [round((record.stamp0 - START) / (100 * MS)) for record in played.records]
     if not live:
         assert matched == list(range(10)) and played.dropped == 0
@@ -175,6 +199,7 @@ def test_bag_rate_drops_what_a_busy_node_drops(bundle: Path, live: bool, monkeyp
         (["bag", *TOPICS, "--score-threshold", "2"], "give a number from 0 to 1"),
         (["bag", *TOPICS, "--ransac-threshold", "nan"], "positive number of pixels"),
         (["bag", *TOPICS, "--approximate-sync-tolerance", "-1"], "0 or more"),
+        (["bag", *TOPICS, "--queue-size", "0"], "--queue-size is 0"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_leaves_nothing(

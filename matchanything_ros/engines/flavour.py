@@ -82,7 +82,7 @@ def load_flavour(name: str | None = None, for_target: bool = False) -> Flavour:
             "pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings, or build on the machine itself."
         )
     wanted = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}.get(name or "", "TensorRT")
-    advice = "on a Jetson it comes with JetPack, elsewhere pip install 'matchanything_ros[tensorrt]'."
+    advice = "on a Jetson it comes with JetPack, elsewhere pip install '.[tensorrt]' in a clone of matchanything_ros."
     raise UserError(" ".join([*unusable, f"There is no usable {wanted} here: {advice}"]))
 
 
