@@ -197,6 +197,9 @@ def test_rotation() -> None:
 
 
 def test_impossible_sizes(weights: Path) -> None:
+    for count in (0, -3):
+        with pytest.raises(UserError, match=f"--max-matches is {count}"):
+            exportable(weights, max_matches=count)
     with pytest.raises(UserError, match="multiples of 32 from 224 to 1664"):
         exportable(weights, size=(480, 650))
     with pytest.raises(UserError, match="multiples of 32 from 224 to 1664"):

@@ -215,3 +215,17 @@ def test_curves_of_steps_that_are_done_again_are_forgotten(tmp_path: Path) -> No
     assert table.read_text(encoding="utf-8") == "step,loss\n2,9\n4,8\n"
     forget_curves(tmp_path / "nowhere.csv", 4)
     assert [entry.name for entry in tmp_path.iterdir()] == ["curves.csv"]
+
+
+def test_what_is_in_front_stays_in_front() -> None:
+    """Also where pixel (0, 0) of one view lies behind the horizon of the other, as in one of 250 hard pairs."""
+    torch.manual_seed(0)
+    count = 5000
+    matrix0, matrix1, _, _ = random_views(torch.tensor([[512.0, 512.0]]).repeat(count, 1), (64, 64), torch.ones(count))
+    points = torch.rand(count, 20, 2) * 63
+    exact = torch.linalg.solve(matrix1.double(), matrix0.double())
+    seen, front = warp(exact, points.double())
+    front &= ((seen > -0.5) & (seen < 63.5)).all(-1)
+    behind = exact[:, 2, 2] < 0
+    assert behind.sum() > 5 and front[behind].any()
+    assert warp(between(matrix0, matrix1), points)[1][front].all()

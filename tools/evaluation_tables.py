@@ -109,7 +109,8 @@ def _refusals(methods: dict[str, list[Record]]) -> list[str]:
         yes, no = ([record.significance for record in group] for group in (solved, nothing))
         # Status.OK asks for more than significance (plausible geometry): count what is really handed out.
         accepted = [sum(record.status == Status.OK.name for record in group) for group in (solved, nothing)]
-        strict = max((true for _, false, true in roc(yes, no) if false <= 0.01), default=math.nan)
+        none = 0.0 if yes and no else math.nan  # accepted if the best is a negative
+        strict = max((true for _, false, true in roc(yes, no) if false <= 0.01), default=none)
         counts = f"{len(yes)} | {len(no)} | {accepted[0]} and {accepted[1]}"
         limits = f"{min(yes, default=math.nan):.1f} | {max(no, default=math.nan):.1f}"
         lines.append(f"| {method} | {counts} | {roc_area(yes, no):.4f} | {strict:.3f} | {limits} |")

@@ -116,9 +116,12 @@ def jacobian(matrices: Tensor, points: Tensor) -> Tensor:
 
 
 def between(matrices0: Tensor, matrices1: Tensor) -> Tensor:
-    """Homographies [B, 3, 3] from pixels of view 0 to pixels of view 1, H[2, 2] = 1; solved in float64."""
+    """Homographies [B, 3, 3] from pixels of view 0 to pixels of view 1, solved in float64.
+
+    |H[2, 2]| = 1: pixel (0, 0) of view 0 may lie behind the horizon of view 1, and depth must stay positive in front.
+    """
     matrix = torch.linalg.solve(matrices1.double(), matrices0.double())
-    return (matrix / matrix[:, 2:, 2:]).float()
+    return (matrix / matrix[:, 2:, 2:].abs()).float()
 
 
 @dataclass

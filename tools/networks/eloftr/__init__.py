@@ -43,7 +43,9 @@ def exportable(args: argparse.Namespace) -> Exportable:
         raise UserError("The demo pipeline has one fixed size: give --size, or choose --pipeline evaluation.")
     smallest, size, largest = (args.min, args.opt, args.max) if dynamic else (args.size or (480, 640),) * 3
     _check_sizes(smallest, size, largest)
-    max_matches = args.max_matches or MAX_MATCHES
+    max_matches = MAX_MATCHES if args.max_matches is None else args.max_matches
+    if max_matches < 1:
+        raise UserError(f"--max-matches is {max_matches}: give a positive number.")
     threshold = SCORE_THRESHOLD if args.score_threshold is None else args.score_threshold
     module = EfficientLoFTR(
         load(args.weights),

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def exportable(args: argparse.Namespace) -> Exportable:
     """The network that `matchanything export kestrel` exports."""
-    max_matches = args.max_matches or MAX_MATCHES
+    max_matches = MAX_MATCHES if args.max_matches is None else args.max_matches
     if not 1 <= max_matches <= LARGEST_MATCHES:
         raise UserError(f"--max-matches is {max_matches}: choose 1 to {LARGEST_MATCHES}.")
     if not 0 <= args.rounds <= 4:
