@@ -32,15 +32,6 @@ def network(seed: int, half: bool) -> EfficientLoFTR:
     return EfficientLoFTR(published, 2048, size=SIZE, square=True, half=half).eval().to(DEVICE)
 
 
-def bf16(seed: int) -> EfficientLoFTR:
-    net = network(seed, half=True)
-    net.dtype = torch.bfloat16
-    for tensor in (*net.parameters(), *net.buffers()):
-        if tensor.dtype == torch.float16:
-            tensor.data = tensor.data.bfloat16()
-    return net
-
-
 def pyramid_and_backbone_fp32(seed: int) -> EfficientLoFTR:
     net, exact = network(seed, half=True), network(seed, half=False)
     assert net.fixed is not None and exact.fixed is not None
@@ -57,7 +48,6 @@ ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
     "fp32, convolutions in TF32": (lambda seed: network(seed, half=False), {"tf32": True}),
     "fp16, backbone and pyramid fp32": (pyramid_and_backbone_fp32, {}),
     "autocast to fp16": (lambda seed: network(seed, half=False), {"autocast": True}),
-    "bf16 in the place of fp16": (bf16, {}),
 }
 
 
