@@ -76,7 +76,9 @@ class Statistics:
 
     def values(self, pairing: Pairing) -> dict[str, str]:
         """All counters as the key-value pairs of a diagnostic status."""
-        out = {f"pairs {name}": str(count) for name, count in sorted(self._outcomes.items())}
+        with self._lock:
+            outcomes = sorted(self._outcomes.items())
+        out = {f"pairs {name}": str(count) for name, count in outcomes}
         out["pairs published"] = str(self.published)
         for camera in (0, 1):
             out[f"image{camera} received"] = str(pairing.received[camera])
