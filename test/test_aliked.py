@@ -140,6 +140,23 @@ def test_subpixel_by_hand() -> None:
         assert np.allclose(position, wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (96, 64)])
+def test_descriptors_look_no_further_than_a_quarter_of_the_longer_side(height: int, width: int) -> None:
+    looked_at: list[torch.Tensor] = []
+
+    class Recording(WholeFeatures):
+        def between(self, positions: torch.Tensor) -> torch.Tensor:
+            looked_at.append(positions)
+            return super().between(positions)
+
+    aliked = network("t16", 50, features=Recording)
+    aliked.desc_head.offset_conv[2].weight.data.mul_(20)  # far beyond the limit
+    with torch.inference_mode():
+        keypoints, _, _ = aliked(image()[:, :, :height, :width])
+    offsets = looked_at[0] - keypoints.unsqueeze(2)  # sides of a multiple of 32 are not padded
+    assert float(offsets.max()) == pytest.approx(96 / 4) and float(offsets.min()) == pytest.approx(-96 / 4)
+
+
 @pytest.mark.parametrize(
     ("reader", "dtype"), [(WholeFeatures, torch.float32), (ReadFeatures, torch.float32), (ReadFeatures, torch.float16)]
 )
