@@ -53,6 +53,24 @@ def test_every_neighbourhood_gives_its_best_before_any_gives_two() -> None:
     assert len(taken) == 2 * cells
 
 
+def test_the_best_of_every_cell_comes_first() -> None:
+    flow, certainty = dense()
+    cells = SIDE // 16
+    best = certainty.reshape(2, cells, 16, cells, 16).amax((2, 4)).flatten()
+    _, _, scores = select(flow, certainty, len(best), (SIDE, SIDE))
+    assert torch.equal(scores, best.sort(descending=True)[0])
+
+
+def test_targets_outside_end_at_the_border() -> None:
+    """A flow to 1.3 or -1.3 of a map of 32 x 48: the outer edges of the last pixels."""
+    flow = torch.tensor([1.3, -1.3]).reshape(1, 2, 1, 1).expand(2, 2, 32, 48)
+    _, certainty = dense(32, 48)
+    keypoints0, keypoints1, _ = select(flow, certainty, candidates(32, 48), (32, 48))
+    corner = torch.tensor([47.5, -0.5])
+    ends0, ends1 = ((keypoints == corner).all(1) for keypoints in (keypoints0, keypoints1))
+    assert bool((ends0 ^ ends1).all()) and int(ends0.sum()) == int(ends1.sum()) == candidates(32, 48) // 2
+
+
 def test_a_small_overlap_is_filled() -> None:
     flow, certainty = dense()
     certainty *= 0.0
