@@ -42,8 +42,12 @@ def test_precision_and_roc_by_hand() -> None:
     moved = points + np.array([[2.9, 0], [3.1, 0], [0, 0], [0, 100]], np.float32)
     assert precision(points, moved, np.eye(3)) == 0.5
     assert precision(points[:0], moved[:0], np.eye(3)) == 0
+    # Pixels of image 1: 4 px there are 2 px of an image half as large.
+    doubled = 2 * points[:2] + np.array([[4, 0], [2.9, 0]], np.float32)
+    assert precision(points[:2], doubled, np.diag([2.0, 2.0, 1.0])) == 0.5
     assert roc([5.0, 3.0], [4.0, 1.0]) == [(5, 0, 0.5), (4, 0.5, 0.5), (3, 0.5, 1), (1, 1, 1)]
     assert roc_area([5.0, 3.0], [4.0, 1.0]) == 0.75
+    assert roc_area([1.0], [1.0]) == 0.5  # a tie counts half
 
 
 def test_a_change_of_sensor_outweighs_a_change_of_view() -> None:
