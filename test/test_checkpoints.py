@@ -141,12 +141,14 @@ def test_unreadable_files(tmp_path: Path) -> None:
         read_checkpoint(other)
 
 
-def test_one_renamed_key_nan_and_shape(tmp_path: Path) -> None:
+def test_renamed_and_additional_keys_nan_and_shape(tmp_path: Path) -> None:
     path = Path("toy.ckpt")
     renamed = state()
     renamed["0.wait"] = renamed.pop("0.weight")
     with pytest.raises(UserError, match=r"1 missing: 0\.weight; 1 unexpected: 0\.wait"):
         load_strict(network(), renamed, what="the toy", path=path)
+    with pytest.raises(UserError, match=r"\(7 keys\): 1 unexpected: 0\.wait\."):
+        load_strict(network(), state() | {"0.wait": torch.zeros(1)}, what="the toy", path=path)
     shaped = state() | {"0.bias": torch.zeros(5)}
     with pytest.raises(UserError, match=r"0\.bias \[5\] instead of \[4\]"):
         load_strict(network(), shaped, what="the toy", path=path)

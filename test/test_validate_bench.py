@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,12 +9,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import seeded
 
-from matchanything_ros.bundle import Bundle, WeightsInfo, load_bundle, sha256_of
+from matchanything_ros.bundle import sha256_of
 from matchanything_ros.cli import main
-from matchanything_tools.deviation import GOLDEN_LIMITS, LIMITS, Deviation, compare, corner_distance, judge, summarise
-from matchanything_tools.rebuild import rebuild
 from matchanything_tools.validate import read_images
 
 DATA = Path(__file__).parent / "data"
@@ -139,88 +135,6 @@ def test_inspect(
     monkeypatch.chdir(tmp_path)
     assert main(["inspect", "kestrel"]) == 0  # the packaged one, as everywhere
     assert "kestrel.onnx" in capsys.readouterr().out
-
-
-def arrays(keypoints: np.ndarray, scores: np.ndarray) -> dict[str, np.ndarray]:
-    return {"keypoints0": keypoints.astype(np.float32), "keypoints1": keypoints.astype(np.float32), "scores": scores}
-
-
-def test_deviation() -> None:
-    rng = np.random.default_rng(0)
-    keypoints, scores = rng.uniform(0, 500, (400, 2)), np.linspace(1, 0.1, 400).astype(np.float32)
-    same = summarise([compare(arrays(keypoints, scores), arrays(keypoints, scores), 0.2)])
-    assert same["mean_px"] == 0 and same["within_0.1_px"] == 1 and same["score_correlation"] == pytest.approx(1)
-    assert not judge(same, LIMITS["fp32"])
-
-    moved = summarise([compare(arrays(keypoints, scores), arrays(keypoints + np.array([0.4, 0]), scores), 0.2)])
-    assert moved["mean_px"] == pytest.approx(0.4, abs=1e-4) and moved["within_0.1_px"] == 0
-    assert any("px off" in problem for problem in judge(moved, LIMITS["fp16"]))
-
-    # Twelve scores fall below the threshold: fewer matches, but none of them is lost.
-    lower = scores.copy()
-    lower[300:312] *= 0.6
-    fewer = summarise([compare(arrays(keypoints, scores), arrays(keypoints, lower), 0.2)])
-    assert fewer["matches_expected"] - fewer["matches"] == 12 and fewer["within_1_px"] == 1
-    assert any("matches instead of" in problem for problem in judge(fewer, LIMITS["fp16"]))
-
-    # Twenty of the matches are gone: the share within 1 px says so, the mean distance of the others does not.
-    gone = compare(arrays(keypoints, scores), arrays(keypoints[20:], scores[20:]), 0.2)
-    assert (gone.distances[:20] > 1).all() and (gone.distances[20:] == 0).all()
-    summary = summarise([gone])
-    assert summary["mean_px"] < 0.1 and any("within 1 px" in problem for problem in judge(summary, LIMITS["fp16"]))
-
-    only = {name: x[:1] for name, x in arrays(keypoints, scores).items()}
-    lost = summarise([compare(only, {**only, "keypoints1": only["keypoints1"] + 9}, 0.2)])
-    assert any("within 1 px" in problem for problem in judge(lost, LIMITS["fp16"]))  # the only one must be there
-
-    assert summarise([Deviation(0, 0, np.zeros(0, np.float32), np.zeros((0, 2), np.float32))])["mean_px"] is None
-
-
-def test_deviation_of_a_dense_warp() -> None:
-    """One pixel in fifty of one direction goes elsewhere: the typical one does not say so, the share does."""
-    cert = np.ones((1, 1, 100, 200), np.float32)
-    cert[..., 60:, :] = 0.4  # not certain
-    warp = np.zeros((1, 4, 100, 200), np.float32)
-    other = warp.copy()
-    other[0, 0, 58:, 100:] = 2 * 5 / 100  # 5 px of 100, two rows of sixty that are certain
-    matches = arrays(np.zeros((1, 2)), np.ones(1, np.float32))
-    one = compare({**matches, "warp": warp, "cert": cert}, {**matches, "warp": other, "cert": cert}, 0.1)
-    summary = summarise([one, one])
-    assert summary["warp_pixels"] == 2 * 12000 and summary["warp_median_px"] == 0
-    assert summary["warp_mean_px"] == pytest.approx(5 / 60) and summary["warp_within_1_px"] == pytest.approx(59 / 60)
-    assert judge(summary, LIMITS["fp16"]) == ["only 98.3% of the certain warp is within 1 px (limit 99%)"]
-    assert not judge(summary, GOLDEN_LIMITS["fp16"])
-    one_wrong = compare({**matches, "warp": warp, "cert": cert}, {**matches, "warp": warp, "cert": cert * 0.8}, 0.1)
-    assert judge(summarise([one_wrong]), LIMITS["fp16"]) == ["the certainty is 0.200 off (limit 0.1)"]
-    half = warp.copy()
-    half[..., 100:] = np.nan
-    not_a_number = summarise(
-        [compare({**matches, "warp": warp, "cert": cert}, {**matches, "warp": half, "cert": cert}, 0.1)]
-    )
-    assert judge(not_a_number, GOLDEN_LIMITS["fp16"]) == ["not all values are finite (1 image pairs)"]
-    other[0, 0, :, 100:] = 2 * 0.7 / 100
-    moved = summarise([compare({**matches, "warp": warp, "cert": cert}, {**matches, "warp": other, "cert": cert}, 0.1)])
-    assert judge(moved, GOLDEN_LIMITS["fp16"]) == ["the warp is 0.700 px off where it is certain (limit 0.5)"]
-
-
-def test_corner_distance() -> None:
-    shift = np.array([[1, 0, 3], [0, 1, 4], [0, 0, 1.0]])
-    assert corner_distance(np.eye(3), shift, (640, 480)) == pytest.approx(5)
-    assert corner_distance(np.eye(3), 2 * shift, (640, 480)) == pytest.approx(5)  # scale is no difference
-
-
-def test_checkpoints_of_one_name_in_two_folders(tmp_path: Path) -> None:
-    """Detector and descriptor may both be called model.pth: each is found by its hash and put to its flag."""
-    paths = []
-    for target in ("dedode_detector_B", "dedode_descriptor_B"):
-        paths.append(tmp_path / target / "model.pth")
-        paths[-1].parent.mkdir()
-        seeded.save(target, paths[-1])
-    entries = tuple(WeightsInfo("model.pth", sha256_of(path), "none", "") for path in paths)
-    command = "matchanything export dedode --weights model.pth --descriptor model.pth --size 64x64 --keypoints 16"
-    manifest = dataclasses.replace(load_bundle("kestrel").manifest, weights=entries, exporter={"command": command})
-    item = rebuild(Bundle(tmp_path / "dedode.onnx", manifest), paths[::-1])
-    assert [entry.sha256 for entry in item.weights] == [entry.sha256 for entry in entries] and item.variant == "BB"
 
 
 @pytest.mark.parametrize(
