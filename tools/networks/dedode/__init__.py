@@ -147,11 +147,12 @@ def exportable(args: argparse.Namespace) -> Exportable:
             for layer in part.modules():
                 if isinstance(layer, VGG19):
                     layer.stripe()
+    threshold = THRESHOLD if args.matching == "dual_softmax" else sparse_pair.DEFAULT_THRESHOLD[args.matching]
     common = {
         "family": "dedode",
         "variant": f"{_letter(detector)}{_letter(descriptor)}",
         "max_matches": args.max_matches or args.keypoints,
-        "score_threshold": THRESHOLD if args.score_threshold is None else args.score_threshold,
+        "score_threshold": threshold if args.score_threshold is None else args.score_threshold,
         "weights": tuple(weights),
         "precision": args.precision,
         "preprocess": Preprocess(resize="stretch" if fixed else "fit", interpolation="bicubic_antialias", divisor=8),
