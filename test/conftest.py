@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from matchanything_ros.bundle import Bundle
 
 if TYPE_CHECKING:
     from matchanything_tools.export import Exportable
+    from matchanything_tools.training.data import Photographs
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +67,40 @@ def small_eloftr(tmp_path_factory: pytest.TempPathFactory) -> tuple[Exportable, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matchanything_tools.export.EXTERNAL_DATA_OVER", 1 << 20)
         return item, export(item, folder / "small.onnx")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Photographs:
+    """Ten images of soft random structure to train with, two of them a registered couple."""
+    pytest.importorskip("torch", reason="training needs torch")
+    import cv2
+    import numpy as np
+
+    from matchanything_tools.training.data import load_photographs
+
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "train").mkdir()
+    rng = np.random.default_rng(0)
+    entries = []
+    for k in range(10):
+        levels = [
+            cv2.resize(rng.uniform(0, 255, (n, n, 3)), (160, 120), interpolation=cv2.INTER_CUBIC) for n in (4, 12, 40)
+        ]
+        cv2.imwrite(str(folder / "train" / f"{k}.jpg"), np.clip(np.mean(levels, 0), 0, 255).astype(np.uint8))
+        entries.append({"file": f"{k}.jpg", "repo": f"r{k % 3}", "registered_with": ["1.jpg"] if k == 0 else []})
+    (folder / "train.json").write_text(json.dumps({"images": entries}), encoding="utf-8")
+    return load_photographs(folder, "cpu")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost more than small tensors gain."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=[False, True], ids=["fixed", "dynamic"])

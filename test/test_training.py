@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -17,7 +14,7 @@ from matchanything_tools.networks.kestrel.refine import PatchRefiner, steps
 from matchanything_tools.training.checkpoint import load_checkpoint, save_checkpoint
 from matchanything_tools.training.config import Config, Phase, read_config
 from matchanything_tools.training.curves import forget_curves
-from matchanything_tools.training.data import Photographs, load_photographs, make_batch
+from matchanything_tools.training.data import Photographs, make_batch
 from matchanything_tools.training.geometry import between, cell_targets, jacobian, random_views, warp
 from matchanything_tools.training.loop import Trainer, train
 from matchanything_tools.training.losses import sample_fine
@@ -27,30 +24,7 @@ TINY = Config(steps=6, phases=[Phase(0.5, 64, 64, 2), Phase(1.0, 64, 96, 2)], fi
               checkpoint_every=3, compile=False, seed=3)  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost more than these small tensors."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Photographs:
-    """Ten images of soft random structure, two of them a registered couple."""
-    folder = tmp_path_factory.mktemp("images")
-    (folder / "train").mkdir()
-    rng = np.random.default_rng(0)
-    entries = []
-    for k in range(10):
-        levels = [
-            cv2.resize(rng.uniform(0, 255, (n, n, 3)), (160, 120), interpolation=cv2.INTER_CUBIC) for n in (4, 12, 40)
-        ]
-        cv2.imwrite(str(folder / "train" / f"{k}.jpg"), np.clip(np.mean(levels, 0), 0, 255).astype(np.uint8))
-        entries.append({"file": f"{k}.jpg", "repo": f"r{k % 3}", "registered_with": ["1.jpg"] if k == 0 else []})
-    (folder / "train.json").write_text(json.dumps({"images": entries}), encoding="utf-8")
-    return load_photographs(folder, "cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_known_homography_gives_the_known_cells() -> None:
