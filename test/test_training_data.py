@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from matchanything_tools.networks.kestrel.model import cell_centres
 from matchanything_tools.training import data
 from matchanything_tools.training.data import NEGATIVE, REGISTERED, Photographs, load_photographs, make_batch
-from matchanything_tools.training.geometry import cell_targets
+from matchanything_tools.training.geometry import between, cell_targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,16 +95,20 @@ def test_large_sources_do_not_rule(tmp_path: Path) -> None:
     assert photos.sizes.tolist() == [[6, 4]] * 9
 
 
-def test_what_lies_behind_is_not_covisible() -> None:
+@pytest.mark.parametrize("of_views", [False, True])
+def test_what_lies_behind_is_not_covisible(of_views: bool) -> None:
     """About the middle of 64x64 px, (u, v) goes to (u, v) / 10 / (1 + u / 16): the horizon is the line u = -16.
 
-    Cells beyond it, at u = -28 and -20, would land in the other view as well; H[2, 2], the corner's depth, is below 0.
+    Cells beyond it, at u = -28 and -20, would land in the other view as well; H[2, 2], the corner's depth, is below 0
+    and must stay so in the homography that is made from both views.
     """
     centre = torch.tensor([[1.0, 0.0, 31.5], [0.0, 1.0, 31.5], [0.0, 0.0, 1.0]])
     matrix = centre @ torch.tensor([[0.1, 0, 0], [0, 0.1, 0], [1 / 16, 0, 1]]) @ centre.inverse()
+    assert matrix[2, 2] < 0
+    homography = between(matrix[None], torch.eye(3)[None]) if of_views else matrix[None]
     everywhere = torch.ones(1, 64, dtype=torch.bool)
-    targets = cell_targets(matrix[None], everywhere, everywhere, (64, 64))
-    assert matrix[2, 2] < 0 and ((targets.points > 0) & (targets.points < 63)).all()
+    targets = cell_targets(homography, everywhere, everywhere, (64, 64))
+    assert ((targets.points > 0) & (targets.points < 63)).all()
     assert targets.valid.view(8, 8).tolist() == [[False] * 2 + [True] * 6] * 8
 
 
