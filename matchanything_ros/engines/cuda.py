@@ -41,9 +41,7 @@ class CudaWorker:
         self._context: Any = None
         self._buffers: list[Any] = []
         self._at_end: list[Callable[[], None]] = []
-        self._broken: str | None = (
-            None  # the sentence; the exception would keep the images of every call it went through
-        )
+        self._broken: str | None = None  # a sentence: the exception would keep the images of every call it went through
         self._work: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # between closing and handing in work: nothing is queued behind the end
         self._closed = False
