@@ -92,17 +92,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Photographs:
     return load_photographs(folder, "cpu")
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost more than small tensors gain."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(params=[False, True], ids=["fixed", "dynamic"])
 def machine(tmp_path: Path, request: pytest.FixtureRequest) -> Machine:
     """Doubles of a GPU, pycuda and TensorRT, and a bundle with a plan."""

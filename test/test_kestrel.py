@@ -135,7 +135,10 @@ def test_dual_softmax_is_the_textbook_formula(sharp: float, separate: bool) -> N
     assert mutual.sum() > 8 and (~mutual).sum() > 3 and logits.max() > 90 * (sharp > 1)
     assert torch.equal(confidence > 0, mutual)
     assert torch.equal(partner[mutual], index[mutual])
-    assert torch.allclose(confidence[mutual].double(), best[mutual], rtol=1e-3)
+    # fp32 holds exponentials down to e^-87 of the greatest; below they are subnormal, and 0 once ONNX Runtime ran.
+    held = mutual & (logits.max() - logits.gather(1, index[:, None])[:, 0] < 75)
+    assert held.sum() > 8
+    assert torch.allclose(confidence[held].double(), best[held], rtol=1e-3)
 
 
 def test_fp16_suffices_for_the_cell_matrix() -> None:

@@ -13,8 +13,6 @@ from matchanything_tools.export import Exportable, add_arguments, golden_pair, g
 from matchanything_tools.networks.kestrel import load
 from matchanything_tools.networks.kestrel.matching import KestrelMatcher
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WEIGHTS = BUNDLES / "kestrel.pt"
 FLAGS = ("--licence", "Apache-2.0", "--precision", "fp16")  # of the packaged bundle; all others have their defaults
 

@@ -24,9 +24,6 @@ TINY = Config(steps=6, phases=[Phase(0.5, 64, 64, 2), Phase(1.0, 64, 96, 2)], fi
               checkpoint_every=3, compile=False, seed=3)  # fmt: skip
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def test_a_known_homography_gives_the_known_cells() -> None:
     shift = torch.tensor([[[1.0, 0.0, 19.0], [0.0, 1.0, -8.0], [0.0, 0.0, 1.0]]])  # cell (r, c) -> (r - 1, c + 19 / 8)
     everywhere = torch.ones(1, 8 * 10, dtype=torch.bool)

@@ -19,8 +19,6 @@ from matchanything_tools.training import data
 from matchanything_tools.training.data import NEGATIVE, REGISTERED, Photographs, load_photographs, make_batch
 from matchanything_tools.training.geometry import between, cell_targets
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def plain_sensor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

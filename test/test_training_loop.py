@@ -12,8 +12,6 @@ from matchanything_tools.training.config import Config, Phase
 from matchanything_tools.training.data import Photographs
 from matchanything_tools.training.loop import Trainer, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CONFIG = Config(steps=1000, phases=[Phase(1.0, 64, 64, 1)], fine_matches=8, learning_rate=1e-3, warmup_steps=4,
                 ema=0.9, log_every=100, checkpoint_every=2, compile=False)  # fmt: skip
 

@@ -22,8 +22,6 @@ from matchanything_tools.training.losses import (
     matchable_loss,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def targets(cells: list[list[int]], valid: list[list[int]], points: Tensor | None = None) -> Targets:
     index = torch.tensor(cells)
