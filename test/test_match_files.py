@@ -176,9 +176,15 @@ def test_whatever_stops_a_command_nothing_is_left(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
+    inherited = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell ignores it for jobs in the background
     monkeypatch.setattr("matchanything_ros.match_files.write_picture", lambda *_: (happens(), time.sleep(1)))
     flags = ["--bundle", str(write_trivial_bundle(tmp_path / "trivial.onnx")), "--out", str(tmp_path / "out" / "r")]
-    assert main(["match", str(PAIR / "0.jpg"), str(PAIR / "1.jpg"), *flags]) == status
+    try:
+        assert main(["match", str(PAIR / "0.jpg"), str(PAIR / "1.jpg"), *flags]) == status
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert sentence in capsys.readouterr().err and signal.getsignal(signal.SIGTERM) is before
     assert list((tmp_path / "out").iterdir()) == []
 
