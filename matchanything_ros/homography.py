@@ -25,6 +25,7 @@ Mask = npt.NDArray[np.bool_]
 MIN_SIGNIFICANCE = 10.0  # -log10 of the false alarms expected if keypoints were spread evenly; they cluster (see below)
 ROUNDS = 2  # of the refit, the first at the threshold's scale
 TUNING = 4.685  # sigmas: the customary scale of a redescending weight, 95 % as precise as least squares on pure noise
+NEAR = 1e-9  # third coordinate of what lies on the horizon
 MIN_MATCHES = 8  # four fix a homography; as many again must agree with it before it says anything
 
 
@@ -120,11 +121,10 @@ def project(matrix: Matrix, points: npt.NDArray[np.float64], front: float | None
 
     front: sign of the third coordinate in front of the horizon, see `front_of`; without it pixel (0, 0) is in front.
     """
-    homogeneous = points @ matrix[:, :2].T + matrix[:, 2]
+    mapped, depth = _mapped(matrix, points)
     if front is None:
         front = -1.0 if matrix[2, 2] < 0 else 1.0
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(front * homogeneous[:, 2:] > 1e-9, homogeneous[:, :2] / homogeneous[:, 2:], np.inf)
+    return np.where((front * depth > NEAR)[:, None], mapped, np.inf)
 
 
 def front_of(matrix: Matrix, points0: npt.NDArray[np.float64], points1: npt.NDArray[np.float64]) -> float:
@@ -133,22 +133,36 @@ def front_of(matrix: Matrix, points0: npt.NDArray[np.float64], points1: npt.NDAr
     A homography is known up to its sign, and pixel (0, 0) need not be on the side that a camera sees: from farther back
     the ground begins lower in the other image, and what is above it here, lies behind the camera there.
     """
-    votes = [(1 / (1 + _distance(matrix, points0, points1, sign) ** 2)).sum() for sign in (1.0, -1.0)]
-    return 1.0 if votes[0] >= votes[1] else -1.0
+    return _front(*_distances(matrix, points0, points1))
 
 
 def transfer_error(
     matrix: Matrix, points0: npt.NDArray[np.float64], points1: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
     """Distance [N] in pixels of image 1 between projected and matched points; infinite behind the horizon."""
-    return _distance(matrix, points0, points1, front_of(matrix, points0, points1))
+    distance, depth = _distances(matrix, points0, points1)
+    return np.where(_front(distance, depth) * depth > NEAR, distance, np.inf)
 
 
-def _distance(
-    matrix: Matrix, points0: npt.NDArray[np.float64], points1: npt.NDArray[np.float64], front: float
-) -> npt.NDArray[np.float64]:
-    delta = project(matrix, points0, front) - points1
-    return np.asarray(np.hypot(delta[:, 0], delta[:, 1]))
+def _mapped(matrix: Matrix, points: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Where points [N, 2] go, on either side of the horizon, and their third coordinate [N]."""
+    homogeneous = points @ matrix[:, :2].T + matrix[:, 2]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return homogeneous[:, :2] / homogeneous[:, 2:], homogeneous[:, 2]
+
+
+def _distances(
+    matrix: Matrix, points0: npt.NDArray[np.float64], points1: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    mapped, depth = _mapped(matrix, points0)
+    delta = mapped - points1
+    return np.hypot(delta[:, 0], delta[:, 1]), depth
+
+
+def _front(distance: npt.NDArray[np.float64], depth: npt.NDArray[np.float64]) -> float:
+    with np.errstate(over="ignore"):
+        vote = 1 / (1 + distance**2)
+    return 1.0 if vote[depth > NEAR].sum() >= vote[depth < -NEAR].sum() else -1.0
 
 
 def refine_homography(

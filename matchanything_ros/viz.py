@@ -73,9 +73,9 @@ def draw_matches(
         _dot(canvas, p0[index], colours[index], radius)
         _dot(canvas, p1[index], colours[index], radius)
     panel = canvas[: right.shape[0], left.shape[1] + GAP :]
+    ends = [np.asarray(x, np.float64).reshape(-1, 2)[good] for x in (keypoints0, keypoints1)]
     for matrix, colour in ((truth, TRUTH), (homography, OUTLINE)):
         if matrix is not None:
-            ends = (np.asarray(x, np.float64).reshape(-1, 2)[good] for x in (keypoints0, keypoints1))
             _outline(panel, image0.shape[:2], matrix, front_of(matrix, *ends), scale1, colour, 2 * unit)
     return _captioned(canvas, caption)
 
