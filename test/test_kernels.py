@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from compiled_kernels import compiled_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pycuda_double import PycudaDouble, compiled_kernels
+from pycuda_double import PycudaDouble
 
 from matchanything_ros.bundle import InputSpec, Preprocess
 from matchanything_ros.engines.cuda import CudaWorker

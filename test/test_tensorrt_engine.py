@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pycuda_double import compiled_kernels
+from compiled_kernels import compiled_kernels
 from tensorrt_machine import Machine, assert_same, inputs_of
 from tiny_bundle import LARGEST, MATCHES, SIZE, SMALLEST
 
