@@ -60,12 +60,12 @@ class Statistics:
     def rates(self, now: float, received: list[int]) -> tuple[float, ...]:
         """Images of camera 0 and 1, and pairs answered, per second over the last SPAN seconds, or since the first look
         if that was later; and how many seconds that is. To be called again and again, about every second."""
-        self._looks.append((now, (*received, self.published)))
+        counts = (*received, self.published)
+        self._looks.append((now, counts))
         while len(self._looks) > 2 and now - self._looks[1][0] >= SPAN:
             self._looks.popleft()
         then, before = self._looks[0]
         seconds = now - then
-        counts = self._looks[-1][1]
         return (*((count - old) / max(seconds, 1e-9) for count, old in zip(counts, before, strict=True)), seconds)
 
     def start_over(self) -> None:

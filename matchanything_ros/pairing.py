@@ -62,7 +62,8 @@ class Pairing:
         self._queue_size = queue_size
         self._queues: tuple[deque[tuple[int, Any]], deque[tuple[int, Any]]] = (deque(), deque())
         self._newest: list[int | None] = [None, None]
-        self._late: list[list[int]] = [[], []]  # stamps of the last images, if they all were late and in order
+        # Stamps of the last images, if they all were late and in order.
+        self._late: tuple[list[int], list[int]] = ([], [])
         self._intervals: tuple[deque[int], deque[int]] = (deque(maxlen=8), deque(maxlen=8))
         self._ready: Pair | None = None
         self.received = [0, 0]
@@ -87,14 +88,16 @@ class Pairing:
         newest = self._newest[camera]
         if newest is not None and stamp <= newest:
             late = self._late[camera]
-            self._late[camera] = late = [*(late if late and stamp > late[-1] else []), stamp]
+            if late and stamp <= late[-1]:
+                late.clear()
+            late.append(stamp)
             if newest - stamp < max(self._jump, 1) and len(late) < LATE_IN_A_ROW:
                 self.dropped[camera][Drop.OUT_OF_ORDER] += 1
                 return
             self._set_back(camera, stamp)
         elif newest is not None:
             self._intervals[camera].append(stamp - newest)
-        self._late[camera] = []
+        self._late[camera].clear()
         self._newest[camera] = stamp
         self._queues[camera].append((stamp, image))
         self._match(wait=True)
@@ -112,7 +115,9 @@ class Pairing:
     def clear(self) -> None:
         """Drop what waits and forget all stamps; the counters stay."""
         self._discard((None, None), Drop.CLEARED)
-        self._newest, self._late = [None, None], [[], []]
+        self._newest = [None, None]
+        for late in self._late:
+            late.clear()
 
     def _match(self, wait: bool) -> None:
         """Finish every pair that can be finished; drop the images that no image to come can pair with."""

@@ -56,14 +56,13 @@ def content_size(height: int, width: int, preprocess: Preprocess, spec: InputSpe
         factor = min(factor, 1.0)
     if preprocess.resize == "fit_stretch":
         # Rounded, then cut, as LoFTR and its successors do: the product of 720 and 832 / 720 is below 832.
-        step, sides = preprocess.divisor, (round(height * factor), round(width * factor))
+        step, sides = preprocess.divisor, scaled(height, width, factor)
         return max(sides[0] // step * step, spec.min[0]), max(sides[1] // step * step, spec.min[1])
-    return max(round(height * factor), 1), max(round(width * factor), 1)
+    return scaled(height, width, factor)
 
 
-def limited(height: int, width: int, limit: int) -> tuple[int, int]:
-    """(height, width) of an image reduced to the long side `limit`."""
-    factor = limit / max(height, width)
+def scaled(height: int, width: int, factor: float) -> tuple[int, int]:
+    """(height, width) times the factor, in whole pixels and at least one."""
     return max(round(height * factor), 1), max(round(width * factor), 1)
 
 
@@ -101,7 +100,7 @@ def prepare(image: Image, preprocess: Preprocess, spec: InputSpec) -> tuple[Floa
         pixels = _pil_l(pixels)
     limit = preprocess.long_side_limit
     if limit is not None and max(height, width) > limit:
-        pixels = resize(pixels, *limited(height, width, limit), "area")
+        pixels = resize(pixels, *scaled(height, width, limit / max(height, width)), "area")
     if eight_bits:
         pixels = _rounded(resize(pixels, pixels.shape[0], content[1], preprocess.interpolation))
         pixels = _rounded(resize(pixels, content[0], content[1], preprocess.interpolation))

@@ -29,6 +29,7 @@ from matchanything_ros.match_files import (
 from matchanything_ros.matcher import Matcher
 from matchanything_ros.outputs import new_folder
 from matchanything_ros.pairing import Pairing
+from matchanything_ros.parameters import Parameters
 from matchanything_ros.progress import Progress
 from matchanything_ros.report import PairRecord
 from matchanything_ros.viz import draw_dense, encode_jpeg
@@ -69,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--approximate-sync-tolerance is {args.approximate_sync_tolerance}: give seconds, 0 or more.")
     if args.queue_size is not None and args.queue_size < 1:
         raise UserError(f"--queue-size is {args.queue_size}: give a positive number of images.")
-    topics, queue = (args.image0, args.image1), args.queue_size or {"max": 100, "bag": 10}[args.rate]
+    topics = (args.image0, args.image1)
+    queue_size = args.queue_size or {"max": 100, "bag": Parameters().queue_size}[args.rate]
     with (
         open_bag(args.bag) as reader,
         new_folder(args.out) as folder,
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
             Matcher(args.bundle, args.backend, args.score_threshold, args.max_matches) as matcher,
             McapRecording(folder / "matches.mcap") as recording,
         ):
-            pairing = Pairing(args.approximate_sync_tolerance, queue_size=queue)
+            pairing = Pairing(args.approximate_sync_tolerance, queue_size=queue_size)
             replay = BagPlayer(matcher, pairing, recording, args.ransac_threshold)
             start = time.perf_counter()
             with Progress(sum(connection.msgcount for connection in connections), "replay") as progress:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from matchanything_ros.bundle import InputSpec, Preprocess
 from matchanything_ros.engines.cuda import CudaWorker
-from matchanything_ros.preprocess import Image, ToOriginal, content_size, input_size, limited
+from matchanything_ros.preprocess import Image, ToOriginal, content_size, input_size, scaled
 from matchanything_ros.resample import resize_matrix
 
 # PTX, which any driver from CUDA 11.8 on compiles for its own GPU: no nvcc is needed on the robot.
@@ -40,7 +40,7 @@ def axes(height: int, width: int, preprocess: Preprocess, content: tuple[int, in
     sizes = (height, width)
     limit = preprocess.long_side_limit
     if limit is not None and max(sizes) > limit:
-        smaller = limited(height, width, limit)
+        smaller = scaled(height, width, limit / max(sizes))
         stages.append((sizes, smaller, "area"))
         sizes = smaller
     stages.append((sizes, content, preprocess.interpolation))

@@ -12,6 +12,7 @@ import torch
 
 from matchanything_ros.bundle import InputSpec, Preprocess, Size
 from matchanything_ros.errors import UserError
+from matchanything_ros.match_files import check_limits
 from matchanything_tools.checkpoints import load_strict, read_checkpoint
 from matchanything_tools.export import Exportable, weights_info
 
@@ -43,9 +44,8 @@ def exportable(args: argparse.Namespace) -> Exportable:
         raise UserError("The demo pipeline has one fixed size: give --size, or choose --pipeline evaluation.")
     smallest, size, largest = (args.min, args.opt, args.max) if dynamic else (args.size or (480, 640),) * 3
     _check_sizes(smallest, size, largest)
+    check_limits(None, args.max_matches)
     max_matches = MAX_MATCHES if args.max_matches is None else args.max_matches
-    if max_matches < 1:
-        raise UserError(f"--max-matches is {max_matches}: give a positive number.")
     threshold = SCORE_THRESHOLD if args.score_threshold is None else args.score_threshold
     module = EfficientLoFTR(
         load(args.weights),
